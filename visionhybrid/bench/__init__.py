@@ -1,0 +1,1 @@
+"""This machine's figures beside the peers': `python -m visionhybrid.bench models`."""

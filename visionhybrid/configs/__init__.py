@@ -1,0 +1,1 @@
+"""Recipes: functions that return a `visionhybrid.train.config` dataclass, one file per system."""

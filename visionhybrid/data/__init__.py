@@ -1,0 +1,1 @@
+"""Pictures and numbers: image files, resizing, degradations, metrics, datasets, sample images."""

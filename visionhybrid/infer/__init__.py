@@ -1,0 +1,1 @@
+"""Trained models at use: tiled restoration, classification of files, attribution maps."""

@@ -1,0 +1,1 @@
+"""Backbones and restorers. Importing a system file registers its models with timm."""

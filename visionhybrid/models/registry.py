@@ -1,0 +1,98 @@
+"""Systems and the names under which timm knows them.
+
+A system file calls `register` once. Every name starts with `vh_` so that nothing of timm's is shadowed, now or later.
+timm files a model under the last part of the module that defines its entry function; all entry functions live here, so
+ours never mix with a timm module of the same name (`timm.models.nextvit`).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import timm.models
+from torch import Tensor, nn
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """One published family: how to recognise, read and build it.
+
+    `options(state, **given)` returns the keywords of `build`, read from keys and shapes, `given` by the user where no shape
+    shows them; it raises `ValueError` when that does not decide. `convert` renames any known key layout to ours.
+    """
+
+    name: str
+    task: str  # "classification" or "restoration"
+    build: Callable[..., nn.Module]
+    recognise: Callable[[State], bool]
+    options: Callable[..., dict[str, Any]]
+    convert: Callable[[State], dict[str, Tensor]]
+    paper: str
+    source: str  # official repository @ commit
+    license: str  # of the official code
+    purpose: str = ""
+
+
+SYSTEMS: dict[str, System] = {}
+SYSTEM_OF: dict[str, str] = {}  # registered name -> system name
+default_cfgs: dict[str, Any] = {}  # read by timm's register_model
+
+
+def register(
+    system: System,
+    variants: Mapping[str, Mapping[str, Any]],
+    cfgs: Mapping[str, Mapping[str, Any]],
+    *,
+    feature_cfg: Mapping[str, Any] | None = None,
+) -> None:
+    """Make `system` known to `load`, and each of its variants to `timm.create_model`.
+
+    Args:
+        variants: registered name -> keywords of `system.build`.
+        cfgs: `name` or `name.tag` -> fields of timm's `PretrainedCfg`.
+        feature_cfg: how `features_only=True` takes taps; timm's own words.
+    """
+    SYSTEMS[system.name] = system
+    default_cfgs.update(timm.models.generate_default_cfgs({key: dict(cfg) for key, cfg in cfgs.items()}))
+    for name, options in variants.items():
+        if not name.startswith("vh_"):
+            raise ValueError(f"register: names start with 'vh_', got {name!r}")
+        SYSTEM_OF[name] = system.name
+        timm.models.register_model(_entry(system, name, dict(options), dict(feature_cfg or {})))
+
+
+def _entry(
+    system: System, name: str, options: dict[str, Any], feature_cfg: dict[str, Any]
+) -> Callable[..., nn.Module]:
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return timm.models.build_model_with_cfg(
+            system.build,
+            name,
+            pretrained,
+            pretrained_filter_fn=lambda state, model: system.convert(state),
+            feature_cfg=dict(feature_cfg),
+            **{**options, **kwargs},
+        )
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = f"{system.purpose} {system.paper}".strip()
+    return entry
+
+
+def list_models(filter: str = "vh_*", *, task: str | None = None, system: str | None = None) -> list[str]:
+    """Registered names, sorted. `task` is "classification" or "restoration"; `filter` a shell pattern."""
+    tasks = sorted({s.task for s in SYSTEMS.values()})
+    if task is not None and task not in tasks:
+        raise ValueError(f"list_models: task must be one of {', '.join(tasks)}, got {task!r}")
+    if system is not None and system not in SYSTEMS:
+        raise ValueError(f"list_models: no system {system!r}; have {', '.join(sorted(SYSTEMS))}")
+    return sorted(
+        name
+        for name, owner in SYSTEM_OF.items()
+        if fnmatch.fnmatch(name, filter) and task in (None, SYSTEMS[owner].task) and system in (None, owner)
+    )

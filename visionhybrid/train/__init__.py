@@ -1,0 +1,1 @@
+"""Training on accelerate: config, one loop, run directories, tasks."""
