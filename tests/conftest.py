@@ -1,0 +1,21 @@
+"""Settings of every test: few threads (the suite runs in two processes), Triton interpreted where there is no GPU."""
+
+import os
+
+# Read when the libraries are imported, so they must stand before the first import of torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VISIONHYBRID_CHECK", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test draws the same numbers whichever process runs it, in whatever order."""
+    torch.manual_seed(0)
