@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import timm.models
@@ -38,8 +38,26 @@ class System:
     purpose: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Where one set of published weights lives, and what it is for. A system file lists them under `name.tag`.
+
+    `hub` is the Hugging Face repository that holds `file`; without it the file has to be fetched by hand from `url`.
+    `published` holds the numbers its authors (or timm) report, for instance `{"ImageNet-1K top-1 %": 82.5}`.
+    """
+
+    file: str  # name as published, also looked for in $VISIONHYBRID_WEIGHTS
+    license: str
+    purpose: str  # what these weights do, and what they do not: "x4 of clean bicubic-downscaled photographs"
+    hub: str = ""  # "timm/nextvit_small.bd_in1k"
+    url: str = ""  # page where a person finds the file
+    published: Mapping[str, Any] = field(default_factory=dict)
+
+
 SYSTEMS: dict[str, System] = {}
 SYSTEM_OF: dict[str, str] = {}  # registered name -> system name
+VARIANTS: dict[str, dict[str, Any]] = {}  # registered name -> keywords of its system's `build`
+WEIGHTS: dict[str, Weights] = {}  # "name.tag" (or "name") -> published weights
 default_cfgs: dict[str, Any] = {}  # read by timm's register_model
 
 
@@ -49,6 +67,7 @@ def register(
     cfgs: Mapping[str, Mapping[str, Any]],
     *,
     feature_cfg: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Weights] | None = None,
 ) -> None:
     """Make `system` known to `load`, and each of its variants to `timm.create_model`.
 
@@ -56,13 +75,17 @@ def register(
         variants: registered name -> keywords of `system.build`.
         cfgs: `name` or `name.tag` -> fields of timm's `PretrainedCfg`.
         feature_cfg: how `features_only=True` takes taps; timm's own words.
+        weights: `name.tag` -> published weights, for `pretrained=True`. They stay out of `cfgs` (no `url`, no `hf_hub_id`),
+            because timm's tests download everything that claims weights there.
     """
     SYSTEMS[system.name] = system
+    WEIGHTS.update(weights or {})
     default_cfgs.update(timm.models.generate_default_cfgs({key: dict(cfg) for key, cfg in cfgs.items()}))
     for name, options in variants.items():
         if not name.startswith("vh_"):
             raise ValueError(f"register: names start with 'vh_', got {name!r}")
         SYSTEM_OF[name] = system.name
+        VARIANTS[name] = dict(options)
         timm.models.register_model(_entry(system, name, dict(options), dict(feature_cfg or {})))
 
 
