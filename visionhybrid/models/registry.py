@@ -8,8 +8,10 @@ ours never mix with a timm module of the same name (`timm.models.nextvit`).
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import timm.models
@@ -93,18 +95,79 @@ def _entry(
     system: System, name: str, options: dict[str, Any], feature_cfg: dict[str, Any]
 ) -> Callable[..., nn.Module]:
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return timm.models.build_model_with_cfg(
-            system.build,
+        if pretrained:
+            from visionhybrid.models.checkpoint import (
+                pretrained as published,
+            )  # late: it looks systems up here
+
+            kwargs["pretrained_cfg_overlay"] = published.overlay(name, system, kwargs)
+        model = timm.models.build_model_with_cfg(
+            partial(_build, system),
             name,
             pretrained,
-            pretrained_filter_fn=lambda state, model: system.convert(state),
+            pretrained_filter_fn=lambda state, model: dict(system.convert(state)),
             feature_cfg=dict(feature_cfg),
             **{**options, **kwargs},
         )
+        model.pretrained_cfg.pop("state_dict", None)  # timm would keep a second copy of the weights alive
+        return model
 
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = f"{system.purpose} {system.paper}".strip()
     return entry
+
+
+def _build(system: System, **options: Any) -> nn.Module:
+    model = system.build(**options)
+    remember(model, system, options)
+    model.register_load_state_dict_pre_hook(partial(_accept_any_layout, system.name))
+    return model
+
+
+def _accept_any_layout(system: str, *args: Any) -> None:
+    from visionhybrid.models.checkpoint.pretrained import accept_any_layout  # late: it looks systems up here
+
+    accept_any_layout(system, *args)
+
+
+def remember(model: nn.Module, system: System, options: Mapping[str, Any]) -> None:
+    """Note on `model` what it was built with, for `checkpoint.save`."""
+    kept = {name: value for name, value in options.items() if name not in ("device", "dtype", "deployed")}
+    model._visionhybrid = {"system": system.name, "options": kept}  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def made_with(model: nn.Module) -> dict[str, Any]:
+    """The options `model` was built with by `timm.create_model` or `load`; empty for a model built otherwise."""
+    return dict(getattr(model, "_visionhybrid", {}).get("options", {}))
+
+
+def names_of(system: System, options: Mapping[str, Any]) -> list[str]:
+    """Registered names whose architecture `options` describe: same keywords but for classes, channels and training rates."""
+    free = {"num_classes", "in_chans", "global_pool", "deployed", "device", "dtype"}
+    defaults = {name: p.default for name, p in inspect.signature(system.build).parameters.items()}
+
+    def plain(given: Mapping[str, Any]) -> dict[str, Any]:
+        full = {**defaults, **given}
+        return {
+            name: _plain(value)
+            for name, value in full.items()
+            if name not in free and not name.endswith("_rate")
+        }
+
+    wanted = plain(options)
+    return [
+        name for name, owner in SYSTEM_OF.items() if owner == system.name and plain(VARIANTS[name]) == wanted
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def default_cfg(name: str) -> dict[str, Any]:
+    """timm's default description of a registered model: input size, crop, mean, std, classes."""
+    cfg = timm.models.get_pretrained_cfg(name)
+    return cfg.to_dict() if cfg is not None else {}
 
 
 def list_models(filter: str = "vh_*", *, task: str | None = None, system: str | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Checkpoints: renaming keys, opening files, finding the system and its options."""
+"""Renaming keys by table."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from torch import Tensor
 Rule = tuple[str, str | Callable[[re.Match[str]], str] | None]
 
 
+class UnknownKeysError(KeyError):
+    """Keys for which a table has no rule."""
+
+    def __init__(self, keys: list[str]) -> None:
+        shown = ", ".join(repr(key) for key in keys[:8]) + (", ..." if len(keys) > 8 else "")
+        super().__init__(f"no rule renames {shown}")
+        self.keys = keys
+
+
 def rename(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:
     """`state` under our names; values are untouched.
 
@@ -17,14 +26,17 @@ def rename(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tens
     template such as `r"stem.\\1"`, a function of the match, or None to drop the key on purpose.
 
     Raises:
-        KeyError: no rule matches a key, or two keys get one name.
+        UnknownKeysError: (a KeyError) some keys match no rule; all of them are named.
+        KeyError: two keys get one name.
     """
     table = [(re.compile(pattern), new) for pattern, new in rules]
     renamed: dict[str, Tensor] = {}
+    unknown: list[str] = []
     for key, value in state.items():
         hit = next(((m, new) for pattern, new in table if (m := pattern.fullmatch(key))), None)
         if hit is None:
-            raise KeyError(f"no rule renames {key!r}")
+            unknown.append(key)
+            continue
         match, new = hit
         if new is None:
             continue
@@ -32,4 +44,6 @@ def rename(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tens
         if name in renamed:
             raise KeyError(f"{key!r} would overwrite {name!r}")
         renamed[name] = value
+    if unknown:
+        raise UnknownKeysError(unknown)
     return renamed

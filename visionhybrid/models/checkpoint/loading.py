@@ -1,0 +1,332 @@
+"""From a checkpoint to a ready model: which system, which options, strict loading."""
+
+from __future__ import annotations
+
+import difflib
+import inspect as introspection
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionhybrid.models import registry
+from visionhybrid.models.checkpoint import containers, files
+from visionhybrid.models.checkpoint.keys import UnknownKeysError
+from visionhybrid.models.registry import System
+
+Source = str | os.PathLike[str] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A state dict taken out of a file, under the names it had there, with all that is known before a model is built."""
+
+    where: str  # the path, or "state dict": opens every error message
+    opened: files.Opened
+    unwrapped: containers.Unwrapped
+    state: dict[str, Tensor]  # without wrappers and prefix
+    prefix: str
+    system: System | None
+    recorded: dict[str, Any]  # options that `save` wrote into the metadata
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found. Everything is JSON-able (`dataclasses.asdict`)."""
+
+    path: str
+    kind: str  # "torch", "torch (old format)", "safetensors", "memory"
+    container: str  # "" if the state dict is bare
+    alternatives: tuple[str, ...]  # other entries with weights: `load(path, key=...)`
+    other: tuple[str, ...]  # entries without weights
+    prefix: str  # common prefix that was removed from all keys
+    system: str | None  # None: nothing we know
+    task: str | None
+    options: dict[str, Any]  # keywords of the system's constructor
+    names: tuple[str, ...]  # registered names of that architecture
+    scale: int | None  # of a restorer
+    deployed: bool
+    tensors: int
+    values: int  # numbers in all tensors, buffers included
+    parameters: int | None  # trainable ones, as the built model counts them
+    dtypes: dict[str, int]  # "float32" -> tensors
+    keys: tuple[str, ...]  # the first few
+    metadata: dict[str, str]
+    problem: str = ""  # why `load` would refuse the file
+
+
+def find(
+    source: Source, *, key: str | None = None, prefix: str | None = None, system: str | None = None
+) -> Found:
+    """Open, unwrap, clean and identify `source` without building anything; see `load` for the arguments."""
+    if isinstance(source, Mapping):
+        where, opened = "state dict", files.Opened(Path(), "memory", source)
+    elif isinstance(source, (str, os.PathLike)):
+        where, opened = os.fspath(source), files.read(source, key=key)
+        if Path(source).expanduser().is_dir() and key in ("ema", "model"):
+            key = None  # it named the file
+    else:
+        raise ValueError(f"load: a path or a state dict is needed, got {type(source).__name__}")
+    try:
+        unwrapped = containers.unwrap(opened.content, key)
+        state = containers.clean(unwrapped.state)
+        _check_numbers(state)
+        name = system or opened.metadata.get("system")
+        if name is not None and name not in registry.SYSTEMS:
+            raise ValueError(f"no system {name!r}; have {', '.join(sorted(registry.SYSTEMS))}")
+        state, removed, owner = _identify(state, prefix, registry.SYSTEMS[name] if name else None)
+        recorded = _recorded(opened.metadata)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return Found(where, opened, unwrapped, state, removed, owner, recorded)
+
+
+def _check_numbers(state: Mapping[str, Tensor]) -> None:
+    """Layers are counted by the numbers in their names: a stray huge number must not make us build a billion of them."""
+    limit = max(1000, len(state))
+    for name in state:
+        if any(part.isdecimal() and len(part) > 3 and int(part[:12]) > limit for part in name.split(".")):
+            raise ValueError(f"key {name!r} counts further than {len(state)} tensors can")
+
+
+def _identify(
+    state: dict[str, Tensor], prefix: str | None, given: System | None
+) -> tuple[dict[str, Tensor], str, System | None]:
+    """The state without its prefix, the prefix, and the system (None if no system knows it)."""
+    if prefix is not None:
+        taken = _below(state, prefix)
+        if not taken:
+            raise ValueError(f"no key begins with {prefix!r}; the first are {_some(state)}")
+        return taken, prefix, given or _owner(taken)
+    removed, rest = "", state
+    while True:
+        if given is not None and given.recognise(rest):
+            return rest, removed, given
+        owner = None if given else _owner(rest)
+        if owner is not None:
+            return rest, removed, owner
+        common = containers.common_prefix(rest)
+        if not common:
+            return (rest, removed, None) if given is None else (state, "", given)
+        removed, rest = removed + common, _below(rest, common)
+
+
+def _owner(state: Mapping[str, Tensor]) -> System | None:
+    owners = [system for system in registry.SYSTEMS.values() if system.recognise(state)]
+    if len(owners) > 1:
+        names = " and ".join(repr(system.name) for system in owners)
+        raise ValueError(f"could be {names}; choose with system=")
+    return owners[0] if owners else None
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _some(names: Iterable[str], count: int = 4) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")
+
+
+def _recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        recorded = json.loads(metadata.get("options", "{}"))
+    except ValueError as error:
+        raise ValueError(f"metadata 'options' is not JSON: {error}") from error
+    if not isinstance(recorded, dict):
+        raise ValueError("metadata 'options' is not a JSON object")
+    return {
+        name: value for name, value in recorded.items() if name != "deployed"
+    }  # that one shows in the keys
+
+
+def unknown_architecture(found: Found) -> ValueError:
+    """The error for weights no system recognises, with what would help."""
+    have = ", ".join(sorted(registry.SYSTEMS)) or "none"
+    message = f"{found.where}: no system recognises these weights (have {have}); keys: {_some(found.state)}"
+    for head in sorted({f"{name.partition('.')[0]}." for name in found.state if "." in name}):
+        part = _owner(_below(found.state, head))
+        if part is not None:
+            message += f"; the part under {head!r} is {part.name}: load it with prefix={head!r}"
+    return ValueError(message)
+
+
+def keywords(found: Found, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor keywords of the found system, from shapes and from `given`; may hold `deployed`."""
+    system = found.system
+    if system is None:
+        raise unknown_architecture(found)
+    known = [
+        name for name in introspection.signature(system.build).parameters if name not in ("device", "dtype")
+    ]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
+            raise ValueError(f"{found.where}: {system.name} has no option {name!r}{hint}")
+    try:
+        return dict(system.options(found.state, **given))
+    except KeyError as error:
+        raise ValueError(
+            f"{found.where}: looks like {system.name}, but has no key {error.args[0]!r}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{found.where}: {system.name}: {error}") from error
+
+
+def build(system: System, options: Mapping[str, Any], device: torch.device | str = "cpu") -> nn.Module:
+    """A model of `system`; `deployed=True` among the options folds it, so that it takes deployed weights."""
+    options = dict(options)
+    deployed = options.pop("deployed", False)
+    with torch.device(device):
+        model = system.build(**options)
+    model.eval()
+    if deployed:
+        model.deploy()  # pyright: ignore[reportCallIssue], every system that answers `deployed` has it
+    return model
+
+
+def load(
+    source: Source,
+    *,
+    key: str | None = None,
+    prefix: str | None = None,
+    system: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> nn.Module:
+    """The ready model of a checkpoint, in eval mode. Architecture and options are read from keys and shapes.
+
+    Args:
+        source: a file (.pth, .pt, .ckpt, .bin, .safetensors), a run or checkpoint directory of ours, a timm hub folder, or a
+            state dict (also inside its container).
+        key: which entry of a container to take ("params"); in a checkpoint directory "model" or "ema".
+        prefix: take only the keys that begin with it, without it ("backbone." of a detector). Prefixes that all keys share are
+            removed without being asked.
+        system: the system's name, should two recognise the weights.
+        dtype: of the returned model's floats, "bfloat16" or a torch.dtype; float32 by default, whatever the file holds.
+        device: where to put the model; the CPU by default.
+        options: constructor keywords that no shape shows, such as `conv_scale` of HAT.
+    Raises:
+        ValueError: one line with path and reason: not a checkpoint, unknown architecture, unknown option, keys or shapes that
+            do not fit (missing, unexpected and differing ones are named).
+    """
+    wanted = as_dtype(dtype)
+    found = find(source, key=key, prefix=prefix, system=system)
+    chosen = keywords(found, {**found.recorded, **options})
+    assert found.system is not None  # else `keywords` raised
+    # The shapes are compared on the meta device first: a file that lies about its size costs no memory.
+    state = fit(found, build(found.system, chosen, "meta"))
+    model = build(found.system, chosen)
+    model.load_state_dict(state, strict=True)
+    registry.remember(model, found.system, chosen)
+    _set_pretrained_cfg(model, found, chosen)
+    return model.to(device=device, dtype=wanted).eval()
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """`dtype` as torch.dtype; ValueError for what is no floating-point type of torch."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"load: dtype must be a floating-point type such as 'bfloat16', got {dtype!r}")
+    return found
+
+
+def fit(found: Found, model: nn.Module) -> dict[str, Tensor]:
+    """The state under our names; ValueError with both sides unless names and shapes are exactly those of `model`."""
+    assert found.system is not None
+    source, unexpected = dict(found.state), list[str]()
+    try:
+        state = dict(found.system.convert(source))
+    except UnknownKeysError as error:  # go on without them, so that the message also tells what is missing
+        unexpected = error.keys
+        state = dict(found.system.convert({k: v for k, v in source.items() if k not in set(unexpected)}))
+    except KeyError as error:
+        raise ValueError(f"{found.where}: {found.system.name}: {error.args[0]}") from error
+    target = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    unexpected += [name for name in state if name not in target]
+    missing = [name for name in target if name not in state]
+    differing = [
+        f"{name} (file {tuple(value.shape)}, model {target[name]})"
+        for name, value in state.items()
+        if name in target and tuple(value.shape) != target[name]
+    ]
+    sides = (("missing", missing), ("unexpected", unexpected), ("of another shape", differing))
+    told = [f"{len(names)} {side}: {_some(names)}" for side, names in sides if names]
+    if told:
+        raise ValueError(f"{found.where}: does not fit {found.system.name}; {'; '.join(told)}")
+    return state
+
+
+def _set_pretrained_cfg(model: nn.Module, found: Found, options: Mapping[str, Any]) -> None:
+    """timm's description of the input (size, crop, mean, std) and of the classes, if the file or the registry has one."""
+    cfg: dict[str, Any] = {}
+    names = registry.names_of(found.system, options) if found.system else []
+    if names:
+        cfg.update(registry.default_cfg(names[0]))
+    folder = found.opened.folder
+    for part in (folder.get("pretrained_cfg"), _json(found.opened.metadata.get("pretrained_cfg"))):
+        cfg.update(part if isinstance(part, dict) else {})
+    classes = (
+        _json(found.opened.metadata.get("classes")) or folder.get("label_names") or cfg.get("label_names")
+    )
+    if classes is not None:
+        cfg["label_names"] = list(classes)
+    if hasattr(model, "num_classes"):
+        cfg["num_classes"] = model.num_classes
+    if cfg:
+        model.pretrained_cfg = model.default_cfg = cfg  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _json(text: str | None) -> Any:
+    return json.loads(text) if text else None
+
+
+def inspect(source: Source, *, key: str | None = None, prefix: str | None = None) -> Inspection:
+    """What a checkpoint holds and what `load` would make of it; builds no model that costs memory.
+
+    Weights of an unknown architecture are described too (`system` is None, `problem` says so).
+
+    Raises:
+        ValueError: the file cannot be read, or holds no weights.
+    """
+    found = find(source, key=key, prefix=prefix)
+    options: dict[str, Any] = {}
+    model, problem = None, ""
+    try:
+        options = keywords(found, found.recorded)
+        assert found.system is not None
+        model = build(found.system, options, "meta")
+        fit(found, model)
+    except ValueError as error:
+        problem = str(error).removeprefix(f"{found.where}: ")
+    known = found.system
+    opened, unwrapped = found.opened, found.unwrapped
+    return Inspection(
+        path=found.where,
+        kind=opened.kind,
+        container=unwrapped.container,
+        alternatives=unwrapped.alternatives,
+        other=unwrapped.other,
+        prefix=found.prefix,
+        system=known.name if known else None,
+        task=known.task if known else None,
+        options=json.loads(json.dumps({k: v for k, v in options.items() if k != "deployed"})),
+        names=tuple(registry.names_of(known, options)) if known and options else (),
+        scale=getattr(model, "scale", None) if known and known.task == "restoration" else None,
+        deployed=bool(options.get("deployed", False)),
+        tensors=len(found.state),
+        values=sum(t.numel() for t in found.state.values()),
+        parameters=sum(p.numel() for p in model.parameters()) if model is not None else None,
+        dtypes=dict(Counter(str(t.dtype).removeprefix("torch.") for t in found.state.values())),
+        keys=tuple(list(found.state)[:4]),
+        metadata=dict(opened.metadata),
+        problem=problem,
+    )
