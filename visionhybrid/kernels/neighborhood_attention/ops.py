@@ -1,0 +1,177 @@
+"""The eager path as PyTorch operators: one node for compile and export, with hand-written gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from visionhybrid.kernels.neighborhood_attention import eager
+from visionhybrid.kernels.neighborhood_attention.geometry import Axis
+
+
+def axes_of(
+    spatial: Sequence[int],
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    stride: Sequence[int],
+    causal: Sequence[int],
+) -> tuple[Axis, ...]:
+    return tuple(
+        Axis(int(n), k, d, s, bool(c))
+        for n, k, d, s, c in zip(spatial, kernel_size, dilation, stride, causal, strict=True)
+    )
+
+
+@torch.library.custom_op("visionhybrid::neighborhood_attention", mutates_args=())
+def attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    stride: Sequence[int],
+    causal: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return eager.forward(q, k, v, rpb, axes_of(q.shape[2:-1], kernel_size, dilation, stride, causal), scale)
+
+
+@attention_op.register_fake
+def _(q, k, v, rpb, kernel_size, dilation, stride, causal, scale):
+    lse = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return v.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=lse)
+
+
+@torch.library.custom_op("visionhybrid::neighborhood_attention_backward", mutates_args=())
+def attention_backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    stride: Sequence[int],
+    causal: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    axes = axes_of(q.shape[2:-1], kernel_size, dilation, stride, causal)
+    dq, dk, dv, drpb = eager.backward(grad, q, k, v, rpb, out, lse, axes, scale)
+    return dq, dk, dv, q.new_empty(0) if drpb is None else drpb
+
+
+@attention_backward_op.register_fake
+def _(grad, q, k, v, rpb, out, lse, kernel_size, dilation, stride, causal, scale):
+    drpb = q.new_empty(0) if rpb is None else torch.empty_like(rpb, memory_format=torch.contiguous_format)
+    return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), drpb
+
+
+def _save_attention(ctx, inputs, output):
+    q, k, v, rpb, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, rpb, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attention_gradient(ctx, grad, _):
+    q, k, v, rpb, out, lse = ctx.saved_tensors
+    dq, dk, dv, drpb = attention_backward_op(grad.contiguous(), q, k, v, rpb, out, lse, *ctx.options)
+    return dq, dk, dv, None if rpb is None else drpb, None, None, None, None, None
+
+
+attention_op.register_autograd(_attention_gradient, setup_context=_save_attention)
+
+
+@torch.library.custom_op("visionhybrid::neighborhood_scores", mutates_args=())
+def scores_op(
+    q: Tensor,
+    k: Tensor,
+    rpb: Tensor | None,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+) -> Tensor:
+    return eager.scores(q, k, rpb, _plain_axes(q, kernel_size, dilation), scale)
+
+
+def _plain_axes(x: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[Axis, ...]:
+    n = len(kernel_size)
+    return axes_of(x.shape[2:-1], kernel_size, dilation, [1] * n, [0] * n)
+
+
+@scores_op.register_fake
+def _(q, k, rpb, kernel_size, dilation, scale):
+    return q.new_empty(*q.shape[:-1], prod(kernel_size))
+
+
+@torch.library.custom_op("visionhybrid::neighborhood_scores_backward", mutates_args=())
+def scores_backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    rpb: Tensor | None,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, drpb = eager.scores_backward(grad, q, k, rpb, _plain_axes(q, kernel_size, dilation), scale)
+    return dq, dk, q.new_empty(0) if drpb is None else drpb
+
+
+@scores_backward_op.register_fake
+def _(grad, q, k, rpb, kernel_size, dilation, scale):
+    drpb = q.new_empty(0) if rpb is None else torch.empty_like(rpb, memory_format=torch.contiguous_format)
+    return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)), drpb
+
+
+def _save_scores(ctx, inputs, output):
+    q, k, rpb, *ctx.options = inputs
+    ctx.save_for_backward(q, k, rpb)
+
+
+def _scores_gradient(ctx, grad):
+    q, k, rpb = ctx.saved_tensors
+    dq, dk, drpb = scores_backward_op(grad.contiguous(), q, k, rpb, *ctx.options)
+    return dq, dk, None if rpb is None else drpb, None, None, None
+
+
+scores_op.register_autograd(_scores_gradient, setup_context=_save_scores)
+
+
+@torch.library.custom_op("visionhybrid::neighborhood_aggregate", mutates_args=())
+def aggregate_op(weights: Tensor, v: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    return eager.aggregate(weights, v, _plain_axes(v, kernel_size, dilation))
+
+
+@aggregate_op.register_fake
+def _(weights, v, kernel_size, dilation):
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("visionhybrid::neighborhood_aggregate_backward", mutates_args=())
+def aggregate_backward_op(
+    grad: Tensor, weights: Tensor, v: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    return eager.aggregate_backward(grad, weights, v, _plain_axes(v, kernel_size, dilation))
+
+
+@aggregate_backward_op.register_fake
+def _(grad, weights, v, kernel_size, dilation):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (weights, v))
+
+
+def _save_aggregate(ctx, inputs, output):
+    weights, v, *ctx.options = inputs
+    ctx.save_for_backward(weights, v)
+
+
+def _aggregate_gradient(ctx, grad):
+    return *aggregate_backward_op(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None
+
+
+aggregate_op.register_autograd(_aggregate_gradient, setup_context=_save_aggregate)

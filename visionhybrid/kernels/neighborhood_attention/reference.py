@@ -1,0 +1,71 @@
+"""The definition: gather every query's keys, then ordinary attention, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from visionhybrid.kernels.neighborhood_attention.geometry import Axis, windows
+
+
+def unsupported(*args: object, **kwargs: object) -> str | None:
+    return None
+
+
+def _neighbours(x: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """(B, heads, *spatial, D) -> (B, heads, *spatial, slots, D), slots in row-major window order."""
+    for i, axis in enumerate(axes):
+        index = windows(axis).index.to(x.device)
+        dim = 2 + 2 * i  # each axis before this one has become (position, slot)
+        x = x.index_select(dim, index.flatten()).unflatten(dim, index.shape)
+    n = len(axes)
+    positions, slots = [2 + 2 * i for i in range(n)], [3 + 2 * i for i in range(n)]
+    return x.permute(0, 1, *positions, *slots, -1).flatten(2 + n, 1 + 2 * n)
+
+
+def _outer(parts: Sequence[Tensor], combine) -> Tensor:
+    """Per-axis (N_i, K_i) tables -> one table (*spatial, slots)."""
+    n = len(parts)
+    total = None
+    for i, part in enumerate(parts):
+        shape = [1] * (2 * n)
+        shape[i], shape[n + i] = part.shape
+        total = part.reshape(shape) if total is None else combine(total, part.reshape(shape))
+    return total.flatten(n)
+
+
+def allowed(axes: Sequence[Axis], device: torch.device | str = "cpu") -> Tensor:
+    """(*spatial, slots) bool: which slots hold a key."""
+    return _outer([windows(axis).valid.to(device) for axis in axes], torch.logical_and)
+
+
+def table_index(axes: Sequence[Axis], device: torch.device | str = "cpu") -> Tensor:
+    """(*spatial, slots): place of each slot in a relative position table flattened row-major."""
+    rows = []
+    for i, axis in enumerate(axes):
+        below = 1
+        for later in axes[i + 1 :]:
+            below *= 2 * later.kernel - 1
+        rows.append(windows(axis).row.to(device) * below)
+    return _outer(rows, torch.add)
+
+
+def scores(q: Tensor, k: Tensor, rpb: Tensor | None, axes: Sequence[Axis], scale: float) -> Tensor:
+    out = torch.einsum("bh...d,bh...sd->bh...s", q.double() * scale, _neighbours(k.double(), axes))
+    if rpb is not None:
+        out = out + rpb.double().flatten(1)[:, table_index(axes, q.device)]
+    return out.masked_fill(~allowed(axes, q.device), float("-inf"))
+
+
+def aggregate(weights: Tensor, v: Tensor, axes: Sequence[Axis]) -> Tensor:
+    weights = weights.double().masked_fill(~allowed(axes, v.device), 0.0)
+    return torch.einsum("bh...s,bh...sd->bh...d", weights, _neighbours(v.double(), axes))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, axes: Sequence[Axis], scale: float
+) -> tuple[Tensor, Tensor]:
+    logits = scores(q, k, rpb, axes, scale)
+    return aggregate(logits.softmax(-1), v, axes), logits.logsumexp(-1)
