@@ -1,1 +1,11 @@
-"""This machine's figures beside the peers': `python -m visionhybrid.bench models`."""
+"""This machine's figures beside the peers': `python -m visionhybrid.bench models`.
+
+A suite is a module of this package with `cases(*, quick, only) -> list[Case]`; `SUITES` names them.
+"""
+
+from __future__ import annotations
+
+# suite -> (module, what it compares, packages whose versions the record must name)
+SUITES: dict[str, tuple[str, str]] = {
+    "models": ("visionhybrid.bench.models", "whole models and training steps beside timm and spandrel"),
+}

@@ -1,0 +1,139 @@
+"""The command `python -m visionhybrid.bench SUITE`: measure, print, and write JSON, a plot and a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from visionhybrid.bench import SUITES, machine, report
+from visionhybrid.bench.floor import measure_peaks
+from visionhybrid.bench.harness import measure
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="This machine's figures beside the peers': interleaved runs, medians, peak memory, distance to the floor.",
+)
+
+
+def run(
+    suite: str,
+    *,
+    quick: bool = False,
+    only: str | None = None,
+    out: Path | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure one suite, print its table, write `SUITE.json`, `SUITE.png` and `SUITE.md` into `out` if given.
+
+    Returns: the record, as in the JSON file.
+    Raises: ValueError: unknown suite, or outputs that disagree with the peer's.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"bench: no suite {suite!r}; have {', '.join(SUITES)}")
+    torch.set_num_threads(threads or machine.cores())
+    cases = import_module(SUITES[suite][0]).cases(quick=quick, only=only)
+    place = torch.device(device)
+    facts = machine.facts(place)
+    console = Console(stderr=True)
+    with (
+        warnings.catch_warnings(),
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not progress,
+        ) as bar,
+    ):
+        # The peers' own warnings are not ours to fix.
+        warnings.simplefilter("ignore")
+        task = bar.add_task("ceilings of this machine", total=len(cases))
+        peaks = measure_peaks(place, seconds=0.2 if quick else 1.5)
+        results = []
+        for i, case in enumerate(cases):
+
+            def say(text: str, done: float, i: int = i, name: str = case.name) -> None:
+                bar.update(task, description=f"{name}: {text}", completed=i + done)
+
+            results.append(measure(case, device=place, peaks=peaks, report=say))
+        bar.update(task, description="done", completed=len(cases))
+    words = " ".join(sys.argv[1:]) if Path(sys.argv[0]).parent.name == "bench" else suite
+    data = report.record(
+        suite, results, facts=facts, command=f"python -m visionhybrid.bench {words}", quick=quick, peaks=peaks
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write(out / f"{suite}.json", json.dumps(data, indent=1) + "\n")
+        write(out / f"{suite}.md", report.page([data]))
+        report.plot(data, out / f"{suite}.png")
+    return data
+
+
+def write(path: Path, text: str) -> None:
+    """`text` at `path`, never half of it."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _suite_command(suite: str, purpose: str) -> None:
+    def command(
+        quick: Annotated[
+            bool, typer.Option(help="Small sizes, two rounds: does it run? Judges nothing.")
+        ] = False,
+        only: Annotated[
+            str | None, typer.Option(help="One part of the suite, such as hat or nextvit.")
+        ] = None,
+        out: Annotated[Path, typer.Option(help="Folder for the JSON, the plot and the page.")] = Path(
+            "bench"
+        ),
+        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+        threads: Annotated[
+            int | None, typer.Option(help="Threads of PyTorch; default: the cores it may use.")
+        ] = None,
+    ) -> None:
+        data = run(suite, quick=quick, only=only, out=out, device=device, threads=threads)
+        console = Console()
+        console.print(report.table(data))
+        console.print(f"{out / suite}.json, .md, .png")
+
+    app.command(suite, help=f"Compare {purpose}.")(command)
+
+
+for _suite, (_, _purpose) in SUITES.items():
+    _suite_command(_suite, _purpose)
+
+
+@app.command()
+def page(
+    records: Annotated[list[Path], typer.Argument(help="JSON records of earlier runs.")],
+    to: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/benchmarks.md"),
+) -> None:
+    """Render records as one Markdown page."""
+    write(to, report.page([json.loads(path.read_text(encoding="utf-8")) for path in records]))
+    Console().print(str(to))
+
+
+def main() -> None:
+    try:
+        app()
+    except (ValueError, ModuleNotFoundError) as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

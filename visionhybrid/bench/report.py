@@ -1,0 +1,246 @@
+"""A run of the bench as JSON; and that JSON as a table, a plot and a page. Everything shown is read from the record."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from visionhybrid.bench import machine
+from visionhybrid.bench.floor import Peaks
+from visionhybrid.bench.harness import Measured, Result, peer
+
+PACKAGES = ("visionhybrid", "torch", "torchvision", "timm", "spandrel", "diffusers", "triton", "numpy")
+Record = Mapping[str, Any]
+
+
+def record(
+    suite: str,
+    results: Sequence[Result],
+    *,
+    facts: Mapping[str, Any],
+    command: str,
+    quick: bool,
+    peaks: Peaks | None,
+) -> dict[str, Any]:
+    """All that was measured, raw samples included, with where (`facts`, taken before the run) and by what."""
+    return {
+        "suite": suite,
+        "quick": quick,
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": dict(facts),
+        "versions": machine.versions(PACKAGES),
+        "peaks": None if peaks is None else asdict(peaks),
+        "cases": [
+            {
+                "name": result.name,
+                "title": result.title,
+                "operations": result.operations,
+                "runners": [_row(row, result.peer) for row in result.runners],
+                "verdicts": [asdict(verdict) for verdict in result.verdicts],
+            }
+            for result in results
+        ],
+    }
+
+
+def _row(row: Measured, base: Measured) -> dict[str, Any]:
+    pairs = [own / other for own, other in zip(row.seconds, base.seconds, strict=True)]
+    low, _, high = statistics.quantiles(pairs, n=4, method="inclusive") if len(pairs) > 1 else (pairs[0],) * 3
+    return {
+        **asdict(row),
+        "time": row.time,
+        "ratio": row.time / base.time,
+        # Quartiles of the ratios within each round: how steady the ratio was while the machine's load changed.
+        "ratio_quartiles": [low, high],
+        "memory": row.memory,
+        "memory_ratio": row.memory / base.memory,
+    }
+
+
+def table(data: Record) -> Table:
+    """The record for a terminal."""
+    note = " (quick: small sizes, nothing is judged)" if data["quick"] else ""
+    view = Table(title=f"visionhybrid.bench {data['suite']}{note}", title_justify="left", expand=False)
+    view.add_column("case")
+    for name in ("time", "x peer", "target", "x floor", "peak memory", "x peer", "target"):
+        view.add_column(name, justify="right", no_wrap=True)
+    for case in data["cases"]:
+        view.add_section()
+        view.add_row(Text(case["title"], style="bold"))
+        for row in case["runners"]:
+            floor = f"{row['time'] / row['floor']:.1f}" if row["floor"] else ""
+            view.add_row(
+                f"  {row['name']}",
+                seconds(row["time"]),
+                f"{row['ratio']:.2f}",
+                _mark(case, row["name"], "time"),
+                floor,
+                mebibytes(row["memory"]),
+                f"{row['memory_ratio']:.2f}",
+                _mark(case, row["name"], "memory"),
+            )
+    return view
+
+
+def _mark(case: Record, runner: str, what: str) -> Text:
+    for verdict in case["verdicts"]:
+        if (verdict["runner"], verdict["what"]) == (runner, what):
+            word, style = {True: (" met", "green"), False: (" missed", "bold red"), None: ("", "dim")}[
+                verdict["met"]
+            ]
+            return Text(f"<= {verdict['limit']:.2f}{word}", style=style)
+    return Text("")
+
+
+def seconds(value: float) -> str:
+    """1.23 s or 45.6 ms."""
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+
+
+def mebibytes(value: float) -> str:
+    return f"{value / 2**20:.0f} MiB"
+
+
+def plot(data: Record, path: Path) -> Path:
+    """Bars of time and memory against the peer, targets as ticks, as a picture at `path` (written aside, then renamed)."""
+    peer("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cases = data["cases"]
+    rows = sum(len(case["runners"]) for case in cases)
+    figure = Figure(figsize=(11, 1.2 + 0.42 * (rows + 1.6 * len(cases))), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, what, key, show in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("time", "memory"),
+        ("ratio", "memory_ratio"),
+        (seconds, mebibytes),
+        strict=True,
+    ):
+        ticks, labels, y = [], [], 0.0
+        for case in cases:
+            limits = {v["runner"]: v for v in case["verdicts"] if v["what"] == what}
+            axis.text(
+                0, y, case["title"], fontsize=9, fontweight="bold", va="center"
+            ) if what == "time" else None
+            for i, row in enumerate(case["runners"]):
+                y += 1
+                mine = row["name"].startswith("visionhybrid")
+                axis.barh(y, row[key], height=0.72, color="#2f6fde" if mine else "#b8bec8")
+                limit = limits.get(row["name"])
+                if limit is not None:
+                    axis.plot([limit["limit"]] * 2, [y - 0.45, y + 0.45], color="#d1372c", lw=2)
+                axis.text(
+                    row[key] + 0.015,
+                    y,
+                    f"{row[key]:.2f}  ({show(row[what])})",
+                    va="center",
+                    fontsize=8,
+                    color="#333",
+                )
+                ticks.append(y)
+                labels.append(row["name"] if i else f"{row['name']} (peer)")
+            y += 1.6
+        axis.axvline(1, color="#555", lw=0.8, ls=":")
+        axis.set_yticks(ticks, labels, fontsize=8.5)
+        axis.set_xlim(0, 1.32 * max(row[key] for case in cases for row in case["runners"]))
+        axis.set_xlabel(
+            f"{'time' if what == 'time' else 'peak memory'} / peer's (less is better; red: target)",
+            fontsize=9,
+        )
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    figure.axes[0].invert_yaxis()
+    aside = path.with_name(f".{path.name}")
+    figure.savefig(aside, dpi=130, format="png")
+    os.replace(aside, path)
+    return path
+
+
+def page(records: Sequence[Record]) -> str:
+    """Markdown of one or more records: what docs/benchmarks.md holds."""
+    return "\n".join(_lines(records)) + "\n"
+
+
+def _lines(records: Sequence[Record]) -> Iterator[str]:
+    yield "# Benchmarks"
+    yield ""
+    yield "Generated by `python -m visionhybrid.bench page`; do not edit. Every number is from the records named below."
+    for data in records:
+        yield from _suite(data)
+    yield from _METHOD
+
+
+def _suite(data: Record) -> Iterator[str]:
+    facts, versions = data["machine"], data["versions"]
+    yield ""
+    yield f"## {data['suite']}"
+    yield ""
+    yield f"`{data['command']}`, {data['date']}" + (
+        " (quick sizes: nothing is judged)" if data["quick"] else ""
+    )
+    yield ""
+    yield (
+        f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads, {facts['memory_gib']} GiB, device "
+        f"{facts['device']}, load {facts.get('load_1min', '?')} before the run; Python {facts['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + "."
+    )
+    if data["peaks"] is not None:
+        flops = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {name}" for name, rate in data["peaks"]["flops"].items())
+        yield ""
+        yield f"Ceilings measured in the same process: {flops}; {data['peaks']['bytes'] / 1e9:.1f} GB/s."
+    for case in data["cases"]:
+        yield from _case(case)
+
+
+def _case(case: Record) -> Iterator[str]:
+    yield ""
+    yield f"### {case['title']}"
+    yield ""
+    yield f"{case['operations'] / 1e9:.1f} GFLOP of matrix products and convolutions in the peer's form."
+    yield ""
+    yield "| | time | x peer (quartiles) | target | x floor | peak memory | x peer | target | error |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for row in case["runners"]:
+        low, high = row["ratio_quartiles"]
+        floor = f"{row['time'] / row['floor']:.1f}" if row["floor"] else ""
+        cells = (
+            row["name"],
+            seconds(row["time"]),
+            f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})",
+            _mark(case, row["name"], "time").plain,
+            floor,
+            mebibytes(row["memory"]),
+            f"{row['memory_ratio']:.2f}",
+            _mark(case, row["name"], "memory").plain,
+            f"{row['error']:.0e}",
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+_METHOD = """
+## How it is measured
+
+- One process, the same weights on both sides, outputs compared before anything is timed (`error`: relative L2 against the
+  peer; for a training step, of the loss's gradient at the input). A difference beyond the tolerance ends the run.
+- Times are medians of interleaved runs (A B C, A B C, ...); a ratio is median over median, its quartiles are those of the
+  ratios within each round. The first line of each table is the peer, exactly as its own library creates it.
+- Peak memory is what must be there before the call (weights, optimiser state, input) plus the growth of the process's
+  resident set at its peak (`VmHWM`, reset through `/proc/self/clear_refs` after `malloc_trim`; on CUDA the allocator's peak).
+  The record also holds `live`, the bytes of tensors alive at once, counted operator by operator: exact, but blind to
+  scratch space inside an operator.
+- The floor is the larger of operations over the measured matrix-product peak of that dtype, and bytes held over the
+  measured copy bandwidth. It leaves out every elementwise operator and every intermediate result.
+- Targets are the ones stated before the first measurement; a missed one is shown as missed.
+""".rstrip().splitlines()
