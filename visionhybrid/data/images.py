@@ -1,0 +1,381 @@
+"""Image files in and out, with nothing lost that a restored picture should keep.
+
+    picture = read_image("scan.tif")          # EXIF orientation already applied
+    write_image("scan.png", picture)          # atomically: the whole file or none
+
+Read: PNG, JPEG, WebP, TIFF, BMP, GIF, PPM, JPEG 2000 and AVIF; one, 8 and 16 bits; grey, colour, palette, alpha, CMYK. Written: PNG,
+JPEG, WebP, TIFF. 16 bits, the ICC profile, EXIF and the resolution survive where the target format can hold them; of
+several frames or pages the first is read, and `Picture.notes` says so.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, UnidentifiedImageError
+from torch import Tensor
+
+from visionhybrid.data import sixteen
+
+READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
+SUFFIXES = {
+    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"
+}  # fmt: skip
+READ_SUFFIXES = frozenset([*SUFFIXES, ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".jp2", ".avif"])
+_LARGEST = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383, "TIFF": 2**31 - 1}  # pixels a side
+_ORIENTATION, _EXIF_IFD = 0x0112, 0x8769
+# What a TIFF's directory says about its own layout rather than about the picture; never copied into another file.
+_LAYOUT = frozenset(
+    [
+        *range(254, 267),
+        273,
+        *range(277, 285),
+        *range(290, 294),
+        296,
+        *range(317, 326),
+        330,
+        332,
+        *range(338, 348),
+    ]
+)
+_LAYOUT |= frozenset([*range(512, 533), 700, 33723, 34377, 34675])
+_DAMAGE = (
+    OSError, SyntaxError, ValueError, TypeError, EOFError, KeyError, IndexError, OverflowError, AttributeError,
+    AssertionError, struct.error, zlib.error, ZeroDivisionError, NotImplementedError, RuntimeError,
+)  # fmt: skip
+
+
+class ImageError(ValueError):
+    """A file that cannot be read or written: `path`, and the `reason` in one line."""
+
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = Path(path), reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image and what its file said about it.
+
+    pixels: (1 or 3, H, W) float32 in [0, 1], as stored (no gamma is removed); alpha: (1, H, W) likewise, not premultiplied.
+    bits: 8 or 16 a sample. format: Pillow's name of the file's format. icc: the profile of `pixels`. exif: a
+    block as JPEG stores it, orientation already applied and reset to 1. dpi: (x, y). notes: what was changed on reading.
+    """
+
+    pixels: Tensor
+    alpha: Tensor | None = None
+    bits: int = 8
+    format: str = "PNG"
+    icc: bytes | None = field(default=None, repr=False)
+    exif: bytes | None = field(default=None, repr=False)
+    dpi: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.pixels.shape[2], self.pixels.shape[1]
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_image(path: str | Path) -> Picture:
+    """The picture in the file `path`.
+
+    Raises: ImageError: no such file, a folder, no permission, not an image, truncated or damaged, of a kind with no
+        meaning here (float or 32-bit samples), or more than 179 million pixels (Pillow's limit against bombs).
+    """
+    with _opened(path) as file:
+        return _decode(file)
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) from the file's header alone, before orientation is applied. Raises ImageError as `read_image`."""
+    with _opened(path) as file:
+        return _open(file).size
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[BinaryIO]:
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on damaged metadata
+            if not os.fstat(file.fileno()).st_size:
+                raise ImageError(path, "the file is empty")
+            yield file
+    except ImageError as error:
+        raise ImageError(path, error.reason) from None
+    except UnidentifiedImageError:
+        raise ImageError(path, f"not an image in one of the formats {', '.join(READABLE)}") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(path, f"too many pixels: {_one_line(error)}") from None
+    except MemoryError:
+        raise ImageError(path, "not enough memory to read it") from None
+    except _DAMAGE as error:
+        known = isinstance(error, OSError) and error.errno is not None
+        raise ImageError(
+            path, error.strerror if known else f"truncated or damaged: {_one_line(error)}"
+        ) from error
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    Image.init()  # formats that this Pillow was built without are then missing from Image.OPEN
+    return Image.open(file, formats=[name for name in READABLE if name in Image.OPEN])
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _decode(file: BinaryIO) -> Picture:
+    image = _open(file)
+    notes = []
+    if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
+        image.seek(0)
+        notes.append(f"the first of {frames} frames or pages")
+    if image.format == "TIFF" and image.tag_v2.get(284) == 2 and 16 in image.tag_v2.get(258, ()):
+        raise ImageError("", "16-bit TIFF with separate colour planes is not supported; save it interleaved")
+    if sixteen.is_sixteen(image):
+        samples, image = sixteen.read_colour(file)
+        peak, icc = 65535, image.info.get("icc_profile")
+        if isinstance(
+            key := image.info.get("transparency"), tuple
+        ):  # PNG: one colour stands for "transparent"
+            samples = np.dstack([samples, 65535 * (samples != np.array(key)).any(-1).astype(np.uint16)])
+    else:
+        image.load()
+        samples, peak, icc = _samples(image, notes)
+    pixels = (
+        torch.from_numpy(samples).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    )
+    pixels /= peak
+    exif, orientation = _exif(image, notes)
+    pixels = _upright(pixels, orientation)
+    dpi = _dpi(image)
+    if dpi and orientation >= 5:
+        dpi = dpi[::-1]
+    colours = 3 if len(pixels) > 2 else 1
+    return Picture(
+        pixels=pixels[:colours],
+        alpha=pixels[colours:] if len(pixels) > colours else None,
+        bits=8 if peak == 255 else 16,
+        format="JPEG" if image.format == "MPO" else image.format or "PNG",
+        icc=icc,
+        exif=exif,
+        dpi=dpi,
+        notes=tuple(notes),
+    )
+
+
+def _samples(image: Image.Image, notes: list[str]) -> tuple[np.ndarray, int, bytes | None]:
+    """Samples (H, W, 1 to 4), their largest value, and the ICC profile that belongs to them."""
+    icc, mode = image.info.get("icc_profile"), image.mode
+    if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
+        return *_grey16(image), icc
+    if mode in ("I", "F"):
+        raise ImageError(
+            "",
+            f"{'32-bit integer' if mode == 'I' else 'float'} samples have no white point; save as 8 or 16 bits",
+        )
+    if mode == "CMYK":
+        image, icc = _from_cmyk(image, icc), None
+        notes.append("CMYK converted to sRGB")
+    elif mode in ("1", "L", "LA", "La"):
+        image = image.convert("LA" if image.has_transparency_data else "L")
+    else:  # palette, YCbCr, Lab, premultiplied
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    samples = np.array(image)
+    return samples.reshape(*samples.shape[:2], -1), 255, icc
+
+
+def _grey16(image: Image.Image) -> tuple[np.ndarray, int]:
+    samples = np.array(image).astype(np.uint16)[..., None]
+    tags = getattr(image, "tag_v2", {})
+    peak = 4095 if tags.get(258) == (12,) else 65535
+    if tags.get(262) == 0:  # white is zero: Pillow turns round 8 bits only
+        samples = peak - samples
+    if isinstance(key := image.info.get("transparency"), int):
+        samples = np.concatenate([samples, peak * (samples != key).astype(np.uint16)], -1)
+    return samples, peak
+
+
+def _from_cmyk(image: Image.Image, icc: bytes | None) -> Image.Image:
+    if icc:
+        try:
+            source = ImageCms.ImageCmsProfile(BytesIO(icc))
+            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError):  # a broken profile, or one that is not of CMYK
+            pass
+    return image.convert("RGB")
+
+
+def _upright(x: Tensor, orientation: int) -> Tensor:
+    """Undo the EXIF orientation (1 to 8) of x (C, H, W)."""
+    if orientation >= 5:
+        x = x.transpose(1, 2)
+    flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation, [])
+    return x.flip(flips).contiguous() if flips or orientation >= 5 else x
+
+
+def _exif(image: Image.Image, notes: list[str]) -> tuple[bytes | None, int]:
+    """The EXIF block with its orientation reset, and the orientation that it gave."""
+    try:
+        exif = image.getexif()
+        orientation = exif.get(_ORIENTATION, 1)
+        orientation = orientation if orientation in range(1, 9) else 1
+        if image.format == "TIFF":
+            for tag in _LAYOUT.intersection(exif):
+                del exif[tag]
+        if _ORIENTATION in exif:
+            exif[_ORIENTATION] = 1
+        return (exif.tobytes() if len(exif) else None), orientation
+    except _DAMAGE:
+        notes.append("damaged EXIF data dropped")
+        return None, 1
+
+
+def _dpi(image: Image.Image) -> tuple[float, float] | None:
+    try:
+        x, y = (float(d) for d in image.info.get("dpi") or ())
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+    return (x, y) if 0 < x < 1e6 and 0 < y < 1e6 else None
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
+def write_image(
+    path: str | Path, picture: Picture, *, format: str | None = None, quality: int | None = None
+) -> None:
+    """Write `picture`, clamped to [0, 1] and rounded, under a temporary name in the same folder, then rename it.
+
+    Args:
+        format: "PNG", "JPEG", "WEBP" or "TIFF"; by default what the suffix of `path` says.
+        quality: 1 to 100 for JPEG (default 95) and WebP (default: lossless). JPEG from 90 up keeps full colour resolution.
+    16 bits are kept by PNG and TIFF and rounded to 8 by JPEG and WebP.
+    Raises: ImageError: the format is unknown or cannot hold this picture, or the file cannot be written.
+    """
+    path = Path(path)
+    data = _named(path, encode_image, picture, format=format or format_of(path), quality=quality)
+    with atomic(path) as file:
+        file.write(data)
+
+
+def format_of(path: str | Path) -> str:
+    """The format that the suffix of `path` stands for. Raises: ImageError: none that can be written."""
+    try:
+        return SUFFIXES[Path(path).suffix.lower()]
+    except KeyError:
+        raise ImageError(
+            path, f"no format for the suffix {Path(path).suffix!r}; have {', '.join(SUFFIXES)}"
+        ) from None
+
+
+def misfit(format: str, size: tuple[int, int], alpha: bool) -> str | None:
+    """Why a picture of `size` (width, height) cannot be stored as `format`; None if it can."""
+    if format not in _LARGEST:
+        return f"no format {format!r} here; have {', '.join(_LARGEST)}"
+    if max(size) > _LARGEST[format]:
+        return f"{format} holds at most {_LARGEST[format]} pixels a side, not {size[0]} x {size[1]}; use PNG or TIFF"
+    if alpha and format == "JPEG":
+        return "JPEG cannot hold transparency; use PNG, WebP or TIFF"
+    return None
+
+
+def encode_image(picture: Picture, *, format: str, quality: int | None = None) -> bytes:
+    """The bytes of the file that `write_image` would write. Raises: ValueError: `format` cannot hold this picture."""
+    format = format.upper()
+    if reason := misfit(format, picture.size, picture.alpha is not None):
+        raise ValueError(reason)
+    if quality is not None and not 1 <= quality <= 100:
+        raise ValueError(f"quality goes from 1 to 100, got {quality}")
+    exif = _sized_exif(picture, format)
+    block = exif.tobytes() if len(exif) else None
+    deep = picture.bits == 16 and format in ("PNG", "TIFF")
+    samples = _quantised(picture, 65535 if deep else 255)
+    if deep and format == "PNG":
+        return sixteen.encode_png(samples, icc=picture.icc, exif=block, dpi=picture.dpi)
+    if deep:
+        return sixteen.encode_tiff(samples, icc=picture.icc, exif=exif, dpi=picture.dpi)
+    options: dict[str, Any] = {"icc_profile": picture.icc, "exif": block, "dpi": picture.dpi}
+    if format == "JPEG":
+        quality = 95 if quality is None else quality
+        options |= {"quality": quality, "subsampling": 0 if quality >= 90 else 2}
+    elif format == "WEBP":
+        options |= {"lossless": quality is None, "quality": 80 if quality is None else quality, "exact": True}
+    elif format == "TIFF":
+        options |= {"compression": "tiff_adobe_deflate"}
+    out = BytesIO()
+    image = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
+    image.save(out, format, **{k: v for k, v in options.items() if v is not None})
+    return out.getvalue()
+
+
+def _quantised(picture: Picture, peak: int) -> np.ndarray:
+    """Samples (H, W, C) uint8 or uint16, alpha last; a band of rows at a time, so that no second float copy exists."""
+    planes = [picture.pixels] + ([] if picture.alpha is None else [picture.alpha])
+    width, height = picture.size
+    out = np.empty((height, width, sum(map(len, planes))), np.uint8 if peak == 255 else np.uint16)
+    rows = max(1, (1 << 22) // width)
+    for top in range(0, height, rows):
+        band = torch.cat([plane[:, top : top + rows] for plane in planes])
+        out[top : top + rows] = band.float().clamp(0, 1).mul(peak).round().permute(1, 2, 0).numpy()
+    return out
+
+
+def _sized_exif(picture: Picture, format: str) -> Image.Exif:
+    """The picture's EXIF with the pixel counts that it repeats brought up to date."""
+    exif = Image.Exif()
+    if picture.exif is None:
+        return exif
+    exif.load(picture.exif)
+    if format == "TIFF":
+        for tag in _LAYOUT.intersection(exif):
+            del exif[tag]
+    for directory, tags in ((exif, (256, 257)), (exif.get_ifd(_EXIF_IFD), (40962, 40963))):
+        for tag, length in zip(tags, picture.size, strict=True):
+            if tag in directory:
+                directory[tag] = length
+    return exif
+
+
+def _named(path: Path, call, *args, **options):
+    """`call`, its complaint turned into an ImageError that names `path`."""
+    try:
+        return call(*args, **options)
+    except (OSError, ValueError, struct.error) as error:
+        raise ImageError(path, _one_line(error)) from error
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name only when complete and on the disk; on any failure nothing is left.
+
+    Raises: ImageError: it cannot be written (no folder, no permission, disk full).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ImageError(path, f"cannot be written: {error.strerror or _one_line(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
