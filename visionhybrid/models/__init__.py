@@ -1,1 +1,3 @@
 """Backbones and restorers. Importing a system file registers its models with timm."""
+
+from visionhybrid.models import nextvit as nextvit
