@@ -309,7 +309,7 @@ def encode_image(picture: Picture, *, format: str, quality: int | None = None) -
     samples = _quantised(picture, 65535 if deep else 255)
     if deep and format == "PNG":
         return sixteen.encode_png(samples, icc=picture.icc, exif=block, dpi=picture.dpi)
-    if deep:
+    if format == "TIFF":
         return sixteen.encode_tiff(samples, icc=picture.icc, exif=exif, dpi=picture.dpi)
     options: dict[str, Any] = {"icc_profile": picture.icc, "exif": block, "dpi": picture.dpi}
     if format == "JPEG":
@@ -317,8 +317,6 @@ def encode_image(picture: Picture, *, format: str, quality: int | None = None) -
         options |= {"quality": quality, "subsampling": 0 if quality >= 90 else 2}
     elif format == "WEBP":
         options |= {"lossless": quality is None, "quality": 80 if quality is None else quality, "exact": True}
-    elif format == "TIFF":
-        options |= {"compression": "tiff_adobe_deflate"}
     out = BytesIO()
     image = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
     image.save(out, format, **{k: v for k, v in options.items() if v is not None})

@@ -1,4 +1,4 @@
-"""16-bit pictures: what Pillow cannot hold, kept to the last bit.
+"""16-bit pictures, which Pillow cannot hold, kept to the last bit; and the TIFF writer.
 
 Pillow stores colour in 8 bits a channel. It can still decode a 16-bit file twice, once keeping the high byte of each
 sample and once the low byte, by exchanging the byte order it believes the file to have; `read_colour` puts the two
@@ -113,26 +113,31 @@ def _chunk(out: BinaryIO, kind: bytes, data: bytes) -> None:
 
 
 def encode_tiff(samples: np.ndarray, *, icc: bytes | None, exif: Image.Exif, dpi: tuple | None) -> bytes:
-    """A Deflate TIFF of `samples` (H, W, 1 to 4) uint16. Grey with alpha is written as RGBA, which more programs read."""
-    if samples.shape[2] == 2:
+    """A Deflate TIFF of `samples` (H, W, 1 to 4) uint8 or uint16.
+
+    8 bits too, because Pillow 13 cannot write an EXIF directory into a compressed TIFF. Grey with alpha of 16 bits is
+    written as RGBA, which more programs (Pillow is one) read.
+    """
+    order, bits = ("<u2", 16) if samples.dtype == np.uint16 else ("u1", 8)
+    if samples.shape[2] == 2 and bits == 16:
         samples = samples[:, :, [0, 0, 0, 1]]
     height, width, channels = samples.shape
     ifd = TiffImagePlugin.ImageFileDirectory_v2()
     for tag in exif:
         ifd[tag] = exif.get_ifd(tag) if tag in (0x8769, 0x8825) else exif[tag]
-    rows = max(1, _BAND // (2 * width * channels))
+    rows = max(1, _BAND // (bits // 8 * width * channels))
     strips = []
     for top in range(0, height, rows):
         band = samples[top : top + rows]
         step = band.copy()
-        step[:, 1:] -= band[:, :-1]  # horizontal differencing, modulo 65536
-        strips.append(zlib.compress(step.astype("<u2").tobytes(), 6))
+        step[:, 1:] -= band[:, :-1]  # horizontal differencing, modulo 2^bits
+        strips.append(zlib.compress(step.astype(order).tobytes(), 6))
     sizes = [len(strip) for strip in strips]
     ifd[256], ifd[257], ifd[277], ifd[278] = width, height, channels, rows
-    ifd[258], ifd[339], ifd[284] = (16,) * channels, (1,) * channels, 1
+    ifd[258], ifd[339], ifd[284] = (bits,) * channels, (1,) * channels, 1
     ifd[259], ifd[317] = _ADOBE_DEFLATE, _HORIZONTAL
-    ifd[262] = _TIFF_RGB if channels > 1 else _TIFF_GREY
-    if channels == 4:
+    ifd[262] = _TIFF_RGB if channels > 2 else _TIFF_GREY
+    if channels in (2, 4):
         ifd[338] = _UNASSOCIATED_ALPHA
     if icc:
         ifd[34675] = icc

@@ -1,0 +1,527 @@
+"""Every kind of image file: what is read, what is written, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import struct
+import subprocess
+import sys
+import zlib
+from io import BytesIO
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, ImageOps
+
+from visionhybrid.data.images import (
+    ImageError,
+    Picture,
+    atomic,
+    encode_image,
+    image_size,
+    read_image,
+    write_image,
+)
+
+RNG = np.random.default_rng(7)
+SIZE = (11, 13)  # height, width
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def samples(channels: int, bits: int = 8) -> np.ndarray:
+    x = RNG.integers(0, 2**bits, (*SIZE, channels), dtype=np.uint16 if bits == 16 else np.uint8)
+    return x[..., 0] if channels == 1 else x
+
+
+def stored(picture: Picture) -> np.ndarray:
+    """The picture as integer samples (H, W, C), which must come out whole."""
+    x = picture.pixels if picture.alpha is None else torch.cat([picture.pixels, picture.alpha])
+    scaled = x.double() * (2**picture.bits - 1)
+    assert (scaled - scaled.round()).abs().max() < 0.01
+    return scaled.round().permute(1, 2, 0).numpy().astype(np.uint16)
+
+
+def picture_of(x: np.ndarray, **options) -> Picture:
+    bits = 16 if x.dtype == np.uint16 else 8
+    planes = torch.from_numpy(np.atleast_3d(x).astype(np.float32)).permute(2, 0, 1) / (2**bits - 1)
+    colours = 3 if len(planes) > 2 else 1
+    return Picture(
+        pixels=planes[:colours],
+        alpha=planes[colours:] if len(planes) > colours else None,
+        bits=bits,
+        **options,
+    )
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp", "bmp"])
+def test_eight_bits_are_read_exactly(tmp_path, suffix, channels):
+    if suffix == "bmp" and channels in (2, 4):
+        channels -= 1  # Pillow writes BMP without alpha
+    x = samples(channels)
+    Image.fromarray(x).save(
+        tmp_path / f"x.{suffix}", **({"lossless": True, "exact": True} if suffix == "webp" else {})
+    )
+    picture = read_image(tmp_path / f"x.{suffix}")
+    want = np.atleast_3d(x)
+    if suffix == "webp" and channels < 3:  # WebP has no grey
+        want = want[..., [0, 0, 0, 1][: 3 if channels == 1 else 4]]
+    np.testing.assert_array_equal(stored(picture), want)
+    assert picture.bits == 8
+    assert picture.size == (SIZE[1], SIZE[0])
+    assert image_size(tmp_path / f"x.{suffix}") == picture.size
+
+
+def test_one_bit_palette_and_transparent_palette(tmp_path):
+    x = samples(1) > 127
+    Image.fromarray(x).save(tmp_path / "bit.png")
+    np.testing.assert_array_equal(stored(read_image(tmp_path / "bit.png"))[..., 0], 255 * x)
+    Image.fromarray(x).save(tmp_path / "fax.tif", compression="group4")
+    np.testing.assert_array_equal(stored(read_image(tmp_path / "fax.tif"))[..., 0], 255 * x)
+
+    indices, palette = samples(1) % 5, RNG.integers(0, 256, (5, 3), dtype=np.uint8)
+    image = Image.fromarray(indices).convert("P")
+    image.putpalette(palette.tobytes())
+    image.putdata(indices.flatten().tolist())
+    image.save(tmp_path / "p.png")
+    np.testing.assert_array_equal(stored(read_image(tmp_path / "p.png")), palette[indices])
+    image.save(tmp_path / "t.png", transparency=bytes([0, 80, 255, 255, 255]))
+    picture = read_image(tmp_path / "t.png")
+    np.testing.assert_array_equal(stored(picture)[..., :3], palette[indices])
+    np.testing.assert_array_equal(stored(picture)[..., 3], np.array([0, 80, 255, 255, 255])[indices])
+
+
+def png16(x: np.ndarray, extra: bytes = b"", interlace: bool = False) -> bytes:
+    """A 16-bit PNG by the plainest possible means: no filter, no choice."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def rows(part):
+        return b"".join(b"\0" + row.astype(">u2").tobytes() for row in part) if part.size else b""
+
+    height, width, channels = x.shape
+    passes = [
+        (0, 0, 8, 8),
+        (0, 4, 8, 8),
+        (4, 0, 8, 4),
+        (0, 2, 4, 4),
+        (2, 0, 4, 2),
+        (0, 1, 2, 2),
+        (1, 0, 2, 1),
+    ]
+    data = b"".join(rows(x[a::c, b::d]) for a, b, c, d in passes) if interlace else rows(x)
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, interlace)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra
+        + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("interlace", [False, True])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_sixteen_bit_png_is_read_exactly(tmp_path, channels, interlace):
+    x = samples(channels, 16).reshape(*SIZE, channels)
+    (tmp_path / "x.png").write_bytes(png16(x, interlace=interlace))
+    picture = read_image(tmp_path / "x.png")
+    assert picture.bits == 16
+    np.testing.assert_array_equal(stored(picture), x)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_one_transparent_colour_of_a_sixteen_bit_png(tmp_path, channels):
+    x = samples(channels, 16).reshape(*SIZE, channels)
+    x[2, 3] = x[5, 1]
+    key = struct.pack(f">{channels}H", *x[5, 1])
+    extra = struct.pack(">I", len(key)) + b"tRNS" + key + struct.pack(">I", zlib.crc32(b"tRNS" + key))
+    (tmp_path / "x.png").write_bytes(png16(x, extra))
+    got = stored(read_image(tmp_path / "x.png"))
+    np.testing.assert_array_equal(got[..., :-1], x)
+    np.testing.assert_array_equal(got[..., -1], 65535 * (x != x[5, 1]).any(-1))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    "how", [{}, {"compression": "zlib"}, {"compression": "zlib", "predictor": True}, {"tile": (16, 16)}]
+)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_sixteen_bit_tiff_is_read_exactly(tmp_path, channels, how, order):
+    x = samples(channels, 16)
+    kind = {"photometric": "minisblack" if channels == 1 else "rgb"}
+    if channels == 4:
+        kind["extrasamples"] = ["unassalpha"]
+    tifffile.imwrite(tmp_path / "x.tif", x, byteorder=order, **kind, **how)
+    picture = read_image(tmp_path / "x.tif")
+    assert picture.bits == 16
+    np.testing.assert_array_equal(stored(picture), np.atleast_3d(x))
+
+
+def test_sixteen_bit_tiff_where_white_is_zero(tmp_path):
+    x = samples(1, 16)
+    tifffile.imwrite(tmp_path / "x.tif", x, photometric="miniswhite")
+    np.testing.assert_array_equal(stored(read_image(tmp_path / "x.tif"))[..., 0], 65535 - x)
+
+
+def test_cmyk_jpeg_becomes_rgb(tmp_path):
+    image = Image.fromarray(np.full((16, 16, 3), (200, 90, 30), np.uint8)).convert("CMYK")
+    image.save(tmp_path / "x.jpg", quality=95)
+    picture = read_image(tmp_path / "x.jpg")
+    assert len(picture.pixels) == 3
+    assert picture.icc is None
+    assert "CMYK" in picture.notes[0]
+    assert (picture.pixels.mean((1, 2)) * 255 - torch.tensor([200.0, 90, 30])).abs().max() < 4
+
+
+def test_the_first_of_several_frames_is_read_and_said(tmp_path):
+    frames = [Image.fromarray(np.full((9, 9, 3), 40 * i, np.uint8)) for i in range(3)]
+    for name in ("x.gif", "x.webp", "x.tif", "x.png"):
+        frames[1].save(
+            tmp_path / name,
+            save_all=True,
+            append_images=[frames[2]],
+            **({"lossless": True} if "w" in name else {}),
+        )
+        picture = read_image(tmp_path / name)
+        assert picture.notes == ("the first of 2 frames or pages",)
+        assert (stored(picture) == 40).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_orientation_is_applied_and_reset(tmp_path, suffix, orientation):
+    x = np.zeros((16, 24, 3), np.uint8)
+    x[:8, :8], x[:8, 8:16], x[8:, 16:] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = orientation, "Maker"
+    Image.fromarray(x).save(tmp_path / f"x.{suffix}", exif=exif, dpi=(100, 200))
+    with Image.open(tmp_path / f"x.{suffix}") as image:
+        upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    picture = read_image(tmp_path / f"x.{suffix}")
+    np.testing.assert_array_equal(stored(picture), upright)
+    assert picture.size == ((24, 16) if orientation < 5 else (16, 24))
+    write_image(tmp_path / f"y.{suffix}", picture)
+    with Image.open(tmp_path / f"y.{suffix}") as image:
+        image.load()
+        assert image.getexif().get(0x0112, 1) == 1
+        assert image.getexif()[0x010F].rstrip("\0") == "Maker"
+        assert image.size == picture.size
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+def test_what_is_written_is_read_back(tmp_path, suffix, bits, channels):
+    x = samples(channels, bits)
+    write_image(tmp_path / f"x.{suffix}", picture_of(x))
+    back = read_image(tmp_path / f"x.{suffix}")
+    want = np.atleast_3d(x)
+    if suffix == "webp":
+        want = np.round(want / 257).astype(np.uint16) if bits == 16 else want
+    if channels < 3 and (suffix == "webp" or (suffix == "tif" and (bits, channels) == (16, 2))):
+        want = want[..., [0, 0, 0, 1][: 3 if channels == 1 else 4]]
+    assert back.bits == (8 if suffix == "webp" else bits)
+    np.testing.assert_array_equal(stored(back), want)
+
+
+def decoded(png: bytes) -> np.ndarray:
+    """Samples of a 16-bit PNG, byte by byte as section 9 of its specification says."""
+    chunks, place = {}, 8
+    while place < len(png):
+        (length,) = struct.unpack(">I", png[place : place + 4])
+        kind, data = png[place + 4 : place + 8], png[place + 8 : place + 8 + length]
+        assert struct.unpack(">I", png[place + 8 + length : place + 12 + length]) == (
+            zlib.crc32(kind + data),
+        )
+        chunks[kind] = chunks.get(kind, b"") + data
+        place += 12 + length
+    width, height, depth, colour, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+    assert (depth, rest) == (16, [0, 0, 0])
+    channels = {0: 1, 4: 2, 2: 3, 6: 4}[colour]
+    raw, step = zlib.decompress(chunks[b"IDAT"]), 2 * channels
+    line = width * step
+    assert len(raw) == height * (line + 1)
+    above, out = bytes(line), []
+    for y in range(height):
+        kind, *row = raw[y * (line + 1) : (y + 1) * (line + 1)]
+        for i in range(line):
+            a, b, c = (row[i - step], above[i], above[i - step]) if i >= step else (0, above[i], 0)
+            p = a + b - c
+            paeth = min((abs(p - a), 0, a), (abs(p - b), 1, b), (abs(p - c), 2, c))[2]
+            row[i] = (row[i] + (0, a, b, (a + b) // 2, paeth)[kind]) % 256
+        above = bytes(row)
+        out.append(above)
+    return np.frombuffer(b"".join(out), ">u2").reshape(height, width, channels)
+
+
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.sampled_from(["noise", "ramp", "flat"]),
+    st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_other_programs_read_our_sixteen_bits(height, width, channels, kind, seed):
+    x = np.random.default_rng(seed).integers(0, 65536, (height, width, channels), dtype=np.uint16)
+    if kind != "noise":  # other rows take other PNG filters
+        x = np.arange(height * width * channels, dtype=np.uint16).reshape(x.shape) * np.uint16(
+            301 if kind == "ramp" else 0
+        )
+    picture = picture_of(x, icc=SRGB, dpi=(300.0, 150.0))
+    np.testing.assert_array_equal(decoded(encode_image(picture, format="PNG")), x)
+    tiff = tifffile.imread(BytesIO(encode_image(picture, format="TIFF")))
+    want = x[..., [0, 0, 0, 1]] if channels == 2 else x
+    np.testing.assert_array_equal(tiff.reshape(want.shape), want)
+
+
+def test_large_sixteen_bit_files_come_in_several_bands(tmp_path, monkeypatch):
+    monkeypatch.setattr("visionhybrid.data.sixteen._BAND", 200)
+    x = samples(3, 16)
+    for name in ("x.png", "x.tif"):
+        write_image(tmp_path / name, picture_of(x))
+        np.testing.assert_array_equal(stored(read_image(tmp_path / name)), x)
+    with tifffile.TiffFile(tmp_path / "x.tif") as file:
+        assert len(file.pages[0].dataoffsets) > 3
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_metadata_is_kept(tmp_path, suffix, bits):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x8298] = 1, "Maker", "Rights"
+    exif.get_ifd(0x8769).update({0x9003: "2026:01:02 03:04:05", 0xA002: 999, 0xA003: 888})
+    exif.get_ifd(0x8825).update({1: "N", 2: (1.0, 2.0, 3.0)})
+    picture = picture_of(samples(3, bits), icc=SRGB, exif=exif.tobytes(), dpi=(300.0, 300.0))
+    write_image(tmp_path / f"x.{suffix}", picture)
+    with Image.open(tmp_path / f"x.{suffix}") as image:
+        image.load()
+        assert image.info["icc_profile"] == SRGB
+        if suffix != "webp":  # which has no place for it
+            assert image.info["dpi"] == pytest.approx((300, 300), rel=1e-3)
+        got = image.getexif()
+        assert got[0x010F].rstrip("\0") == "Maker"
+        assert got[0x8298].rstrip("\0") == "Rights"
+        details = got.get_ifd(0x8769)
+        assert details[0x9003].rstrip("\0") == "2026:01:02 03:04:05"
+        assert (details[0xA002], details[0xA003]) == (SIZE[1], SIZE[0])  # brought up to date
+        assert got.get_ifd(0x8825)[2] == (1.0, 2.0, 3.0)
+    back = read_image(tmp_path / f"x.{suffix}")
+    assert back.icc == SRGB
+    # A second generation loses nothing that the first had.
+    write_image(tmp_path / f"y.{suffix}", back)
+    again = read_image(tmp_path / f"y.{suffix}")
+    assert (again.exif, again.icc, again.dpi) == (back.exif, back.icc, back.dpi)
+
+
+def test_a_tiff_turned_into_other_formats_leaves_its_layout_behind(tmp_path):
+    Image.fromarray(samples(3)).save(
+        tmp_path / "x.tif", tiffinfo={270: "described", 305: "program"}, dpi=(72, 72)
+    )
+    picture = read_image(tmp_path / "x.tif")
+    for name in ("y.png", "y.jpg", "y.webp", "y.tif"):
+        write_image(tmp_path / name, picture)
+        with Image.open(tmp_path / name) as image:
+            image.load()
+            tags = set(image.getexif())
+            assert {270, 305} <= tags
+            if name != "y.tif":
+                assert not tags & {256, 257, 258, 259, 273, 279}
+
+
+def test_jpeg_quality(tmp_path):
+    x = np.asarray(Image.effect_noise((64, 64), 40).convert("RGB"))
+    sizes = []
+    for quality in (20, 60, None, 100):
+        write_image(tmp_path / "x.jpg", picture_of(x), quality=quality)
+        sizes.append((tmp_path / "x.jpg").stat().st_size)
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1] / 3
+    with pytest.raises(ImageError, match="quality goes from 1 to 100, got 0"):
+        write_image(tmp_path / "x.jpg", picture_of(x), quality=0)
+
+
+def test_values_outside_are_clamped(tmp_path):
+    write_image(tmp_path / "x.png", Picture(pixels=torch.tensor([[[-3.0, 0.5, 7.0]]])))
+    np.testing.assert_array_equal(stored(read_image(tmp_path / "x.png"))[0, :, 0], [0, 128, 255])
+
+
+# ---- refusing ----------------------------------------------------------------------------------------------------
+
+
+def broken(kind: str) -> bytes:
+    out = BytesIO()
+    image = Image.fromarray(RNG.integers(0, 256, (60, 60, 3), dtype=np.uint8))
+    if kind == "float":
+        image = image.convert("F")
+    if kind == "integer":
+        image = image.convert("I")
+    image.save(out, "TIFF" if kind in ("float", "integer") else kind)
+    data = out.getvalue()
+    return data if kind in ("float", "integer") else data[: len(data) // 2]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"hello, world", "not an image"),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+            "not an image",
+        ),  # Pillow would start Ghostscript
+        (b"\x89PNG\r\n\x1a\n", "damaged|not an image"),
+        (broken("PNG"), "truncated or damaged"),
+        (broken("JPEG"), "truncated or damaged"),
+        (broken("WEBP"), "truncated or damaged|not an image"),
+        (broken("TIFF"), "truncated or damaged|not an image"),
+        (broken("BMP"), "truncated or damaged"),
+        (broken("float"), "float samples"),
+        (broken("integer"), "32-bit integer samples"),
+    ],
+)
+def test_bad_files_are_one_line_errors(tmp_path, data, reason):
+    (tmp_path / "x.png").write_bytes(data)
+    with pytest.raises(ImageError, match=reason) as caught:
+        read_image(tmp_path / "x.png")
+    assert str(caught.value).startswith(str(tmp_path / "x.png"))
+    assert "\n" not in str(caught.value)
+    assert caught.value.path == tmp_path / "x.png"
+
+
+def test_missing_files_folders_and_permissions(tmp_path, monkeypatch):
+    with pytest.raises(ImageError, match="No such file"):
+        read_image(tmp_path / "none.png")
+    with pytest.raises(ImageError, match="Is a directory"):
+        read_image(tmp_path)
+    (tmp_path / "x.png").write_bytes(b"x")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "x.png"))
+
+    monkeypatch.setattr("builtins.open", refuse)  # chmod does not stop root
+    with pytest.raises(ImageError, match=r"x\.png: Permission denied$"):
+        read_image(tmp_path / "x.png")
+
+
+def test_a_decompression_bomb(tmp_path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    packed = zlib.compress(bytes(10_000_000))
+    (tmp_path / "x.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    )
+    with pytest.raises(ImageError, match="too many pixels"):
+        read_image(tmp_path / "x.png")
+
+
+def test_separate_planes_of_sixteen_bits_are_refused_not_misread(tmp_path):
+    tifffile.imwrite(
+        tmp_path / "x.tif", np.moveaxis(samples(3, 16), -1, 0), photometric="rgb", planarconfig="separate"
+    )
+    with pytest.raises(ImageError, match="separate colour planes"):
+        read_image(tmp_path / "x.tif")
+
+
+@given(st.sampled_from(["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF"]), st.data())
+@settings(max_examples=150, deadline=None)
+def test_damage_never_escapes_as_another_error(tmp_path_factory, kind, data):
+    out = BytesIO()
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
+    image.save(out, kind, **({"exif": exif} if kind in ("PNG", "JPEG", "WEBP", "TIFF") else {}))
+    raw = bytearray(out.getvalue())
+    for _ in range(data.draw(st.integers(1, 6))):
+        place = data.draw(st.integers(0, min(len(raw), 300) - 1) | st.integers(0, len(raw) - 1))
+        raw[place] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(raw)
+    try:
+        picture = read_image(path)
+    except ImageError:
+        return
+    assert torch.isfinite(picture.pixels).all()
+
+
+def test_a_format_that_cannot_hold_the_picture(tmp_path):
+    with pytest.raises(ImageError, match="JPEG cannot hold transparency"):
+        write_image(tmp_path / "x.jpg", picture_of(samples(4)))
+    with pytest.raises(ImageError, match="WEBP holds at most 16383 pixels a side, not 16384 x 1"):
+        write_image(tmp_path / "x.webp", Picture(pixels=torch.zeros(1, 1, 16384)))
+    with pytest.raises(ImageError, match=r"no format for the suffix '\.xyz'; have \.png"):
+        write_image(tmp_path / "x.xyz", picture_of(samples(3)))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- all or nothing ----------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    (tmp_path / "x.png").write_bytes(b"old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ImageError, match=r"x\.png: cannot be written: No space left on device$"):
+        write_image(tmp_path / "x.png", picture_of(samples(3)))
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+def test_a_real_limit_on_the_file_size_leaves_nothing(tmp_path):
+    code = (
+        "import sys, torch\n"
+        "from visionhybrid.data.images import Picture, ImageError, write_image\n"
+        "try:\n    write_image(sys.argv[1], Picture(pixels=torch.rand(3, 300, 300), bits=16))\n"
+        "except ImageError as error:\n    sys.exit(str(error))\n"
+    )
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "x.png")],
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+    )
+    assert run.returncode == 1
+    assert run.stderr.strip().endswith("x.png: cannot be written: File too large")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
+def test_an_interrupted_write_leaves_nothing(tmp_path, error):
+    def interrupted():
+        with atomic(tmp_path / "x.png") as file:
+            file.write(b"half")
+            assert [p.name[0] for p in tmp_path.iterdir()] == [
+                "."
+            ]  # hidden, so no folder run takes it for an image
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_folder_to_write_to(tmp_path):
+    with pytest.raises(ImageError, match="cannot be written: No such file"):
+        write_image(tmp_path / "none" / "x.png", picture_of(samples(3)))
+
+
+def test_new_files_have_ordinary_permissions(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    write_image(tmp_path / "x.png", picture_of(samples(3)))
+    assert (tmp_path / "x.png").stat().st_mode == (tmp_path / "plain").stat().st_mode
