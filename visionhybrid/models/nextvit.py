@@ -647,6 +647,7 @@ SYSTEM = System(
     paper="arXiv:2207.05501",
     source="bytedance/Next-ViT@922e771",
     license="Apache-2.0",
+    aliases=AUTHORS,
     purpose="Next-ViT: convolution blocks with attention at the end of each stage, made for fast deployment.",
 )
 _TAPS = dict(out_indices=(0, 1, 2, 3))

@@ -38,6 +38,9 @@ class System:
     source: str  # official repository @ commit
     license: str  # of the official code
     purpose: str = ""
+    aliases: Mapping[str, str] = field(
+        default_factory=dict
+    )  # authors' names of keywords -> ours, for `load(..., name=value)`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import pickle
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -152,7 +153,8 @@ def _check_zip(path: Path, size: int) -> None:
 
 def _torch_load(path: Path, size: int, *, mmap: bool) -> Any:
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old pickle protocols and storage classes; a refusal is an error
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: {_reason(path, error)}") from error

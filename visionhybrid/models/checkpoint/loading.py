@@ -104,16 +104,15 @@ def _identify(
         if not taken:
             raise ValueError(f"no key begins with {prefix!r}; the first are {_some(state)}")
         return taken, prefix, given or _owner(taken)
-    removed, rest = "", state
+    # The deepest level that is recognised: a system may know its authors' detectors, too, which are all "backbone.".
+    found, removed, rest = (state, "", given), "", state
     while True:
-        if given is not None and given.recognise(rest):
-            return rest, removed, given
-        owner = None if given else _owner(rest)
+        owner = (given if given.recognise(rest) else None) if given else _owner(rest)
         if owner is not None:
-            return rest, removed, owner
+            found = (rest, removed, owner)
         common = containers.common_prefix(rest)
         if not common:
-            return (rest, removed, None) if given is None else (state, "", given)
+            return found
         removed, rest = removed + common, _below(rest, common)
 
 
@@ -162,13 +161,12 @@ def keywords(found: Found, given: Mapping[str, Any]) -> dict[str, Any]:
     system = found.system
     if system is None:
         raise unknown_architecture(found)
-    known = [
-        name for name in introspection.signature(system.build).parameters if name not in ("device", "dtype")
-    ]
+    given = {system.aliases.get(name, name): value for name, value in given.items()}
+    known = introspection.signature(system.build).parameters.keys() - {"device", "dtype"}
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
+            near = difflib.get_close_matches(name, sorted(known | system.aliases.keys()), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(known))}"
             raise ValueError(f"{found.where}: {system.name} has no option {name!r}{hint}")
     try:
         return dict(system.options(found.state, **given))

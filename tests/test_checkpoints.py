@@ -1,0 +1,570 @@
+"""Loading: containers, prefixes, broken and hostile files, options, saving, warm starts, golden whole-model cases."""
+
+import argparse
+import json
+import os
+import pickle
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from golden import list_cases, load_case
+from safetensors.torch import load_file, save_file
+from toy import TOY, Toy, authors, randomised
+
+import visionhybrid
+from visionhybrid.models import registry
+from visionhybrid.models.checkpoint import UnknownKeysError, rename, save, warm_start
+
+
+@pytest.fixture(autouse=True)
+def toy_system(monkeypatch):
+    monkeypatch.setitem(registry.SYSTEMS, "toy", TOY)
+
+
+@pytest.fixture
+def toy():
+    return randomised(Toy(num_classes=5, depth=3))
+
+
+def same(model, toy):
+    x = torch.randn(2, toy.in_chans, 6, 7)
+    assert not model.training
+    torch.testing.assert_close(model(x), toy(x), rtol=0, atol=0)
+
+
+# ---- rename
+
+
+def test_rename_uses_the_first_rule_that_matches_whole_keys():
+    rules = ((r"a\.(\d)", lambda m: f"b.{int(m[1]) + 1}"), (r"a\.(.+)", r"c.\1"), (r"z", None))
+    assert rename({"a.1": 1, "a.12": 2, "z": 3}, rules) == {"b.2": 1, "c.12": 2}
+
+
+def test_rename_names_every_key_without_a_rule():
+    with pytest.raises(UnknownKeysError, match="no rule renames 'x', 'y'") as caught:
+        rename({"x": 1, "a": 2, "y": 3}, ((r"a", "a"),))
+    assert caught.value.keys == ["x", "y"]
+
+
+def test_rename_refuses_two_keys_of_one_name():
+    with pytest.raises(KeyError, match=r"'b' would overwrite 'c'"):
+        rename({"a": 1, "b": 2}, ((r"[ab]", "c"),))
+
+
+# ---- containers
+
+
+def wrong(toy):
+    return {name: value + 1 if value.is_floating_point() else value for name, value in authors(toy).items()}
+
+
+CONTAINERS = {
+    "raw": lambda right, wrong: right,
+    "params_ema": lambda right, wrong: {"params": wrong, "params_ema": right},
+    "params-ema": lambda right, wrong: {"params": wrong, "params-ema": right},
+    "params": lambda right, wrong: {"params": right, "iter": 7},
+    "state_dict_ema": lambda right, wrong: {"state_dict": wrong, "state_dict_ema": right, "epoch": 3},
+    "model_ema": lambda right, wrong: {"model": wrong, "model_ema": right},
+    "state_dict": lambda right, wrong: {"state_dict": right, "meta": {"CLASSES": ["a"]}},
+    "model_state_dict": lambda right, wrong: {"model_state_dict": right},
+    "model": lambda right, wrong: {"model": right, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}},
+    "net": lambda right, wrong: {"net": right},
+    "model.state_dict": lambda right, wrong: {"model": {"state_dict": right}},
+    "anything": lambda right, wrong: {"anything": right, "step": torch.tensor(3)},
+    "outer.params_ema": lambda right, wrong: {"outer": {"params_ema": right, "params": wrong}},
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("suffix", ["pth", "old.pt", "memory"])
+def test_containers(name, suffix, toy, tmp_path):
+    content = CONTAINERS[name](authors(toy), wrong(toy))
+    source = tmp_path / f"weights.{suffix}"
+    if suffix == "memory":
+        source = content
+    else:
+        torch.save(content, source, _use_new_zipfile_serialization=suffix == "pth")
+    same(visionhybrid.load(source), toy)
+    assert visionhybrid.inspect(source).container == ("" if name == "raw" else name)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "netG.", "backbone.", "module._orig_mod.", "model.net."]
+)
+def test_common_prefixes_go(prefix, toy):
+    state = {prefix + name: value for name, value in authors(toy).items()}
+    same(visionhybrid.load({"state_dict": state}), toy)
+
+
+def test_a_prefix_that_only_some_keys_have_stays(toy):
+    state = {**authors(toy), "neck.conv.weight": torch.zeros(3)}
+    state = {name if name.startswith("neck") else f"backbone.{name}": value for name, value in state.items()}
+    with pytest.raises(
+        ValueError, match=r"the part under 'backbone\.' is toy: load it with prefix='backbone\.'"
+    ):
+        visionhybrid.load(state)
+    same(visionhybrid.load(state, prefix="backbone."), toy)
+
+
+def test_wrappers_inside_names_and_the_counter_of_averaged_models_go(toy):
+    compiled = {
+        name.replace("layers.1.", "layers.1._orig_mod."): value for name, value in authors(toy).items()
+    }
+    same(visionhybrid.load(compiled), toy)
+    averaged = torch.optim.swa_utils.AveragedModel(toy)
+    same(visionhybrid.load(averaged.state_dict()), toy)
+
+
+def test_key_chooses_and_inspect_tells_the_choice(toy):
+    content = {"params": authors(toy), "params_ema": wrong(toy), "epoch": 4}
+    found = visionhybrid.inspect(content)
+    assert (found.container, found.alternatives, found.other) == (
+        "params_ema",
+        ("params",),
+        ("epoch", "index_table")[:1],
+    )
+    same(visionhybrid.load(content, key="params"), toy)
+    same(visionhybrid.load({"deep": content}, key="deep.params"), toy)
+    with pytest.raises(ValueError, match="no entry 'parms'; weights are in 'params', 'params_ema'"):
+        visionhybrid.load(content, key="parms")
+
+
+def test_several_unknown_entries_are_an_error_that_names_them(toy):
+    with pytest.raises(
+        ValueError, match="several entries hold weights: 'student', 'teacher'; choose one with key="
+    ):
+        visionhybrid.load({"student": authors(toy), "teacher": authors(toy)})
+
+
+# ---- files
+
+
+def test_safetensors_under_any_name(toy, tmp_path):
+    save_file({name: value.clone() for name, value in authors(toy).items()}, tmp_path / "weights.pth")
+    same(visionhybrid.load(tmp_path / "weights.pth"), toy)
+    assert visionhybrid.inspect(str(tmp_path / "weights.pth")).kind == "safetensors"
+
+
+def test_what_authors_put_beside_the_weights_does_not_matter(toy, tmp_path):
+    beside = {
+        "args": argparse.Namespace(lr=np.float64(0.1)),
+        "best": np.float32(82.5),
+        "log": np.zeros(3),
+        "arr": [1, "a"],
+    }
+    torch.save({"model": authors(toy), **beside}, tmp_path / "full.pth")
+    same(visionhybrid.load(tmp_path / "full.pth"), toy)
+    assert visionhybrid.inspect(tmp_path / "full.pth").other == ("args", "best", "log", "arr")
+
+
+def test_numpy_1_names_of_scalars_are_known(toy, tmp_path):
+    torch.save({"model": authors(toy), "best": np.float32(82.5)}, tmp_path / "new.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "new.pth") as source,
+        zipfile.ZipFile(tmp_path / "old.pth", "w") as target,
+    ):
+        for entry in source.infolist():
+            content = source.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                assert b"numpy._core.multiarray" in content or b"numpy.core.multiarray" in content
+                content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            target.writestr(entry.filename, content)
+    same(visionhybrid.load(tmp_path / "old.pth"), toy)
+
+
+class Evil:
+    """Runs a command when unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("writer", ["zip", "old", "pickle 2", "pickle 4"])
+def test_malicious_pickles_are_named_and_not_run(writer, toy, tmp_path):
+    path, mark = tmp_path / "evil.pth", tmp_path / "mark"
+    content = {"params": authors(toy), "extra": Evil(mark)}
+    if writer.startswith("pickle"):
+        path.write_bytes(pickle.dumps(Evil(mark), int(writer[-1])))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=writer == "zip")
+    with pytest.raises(ValueError, match=rf"evil\.pth: refused, it would run {os.name}\.system") as caught:
+        visionhybrid.load(path)
+    assert "\n" not in str(caught.value)
+    assert not mark.exists()
+
+
+def test_a_class_of_somebody_is_named(tmp_path):
+    torch.save({"config": toyless()}, tmp_path / "config.pth")
+    with pytest.raises(ValueError, match=r"refused, it would run fractions\.Fraction"):
+        visionhybrid.load(tmp_path / "config.pth")
+
+
+def toyless():
+    from fractions import Fraction
+
+    return Fraction(1, 3)
+
+
+def damaged(kind, good_torch, good_safetensors):
+    header = json.dumps({"a.b": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+    return {
+        "empty": b"",
+        "one byte": b"\x80",
+        "text": b"hello, this is not a checkpoint",
+        "web page": b"<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title>",
+        "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
+        "json": b'{"a": 1}',
+        "torch cut early": good_torch[:700],
+        "torch cut late": good_torch[:-30],
+        "safetensors cut": good_safetensors[:-5],
+        "safetensors header beyond the file": struct.pack("<Q", 1 << 26) + good_safetensors[8:],
+        "safetensors header of an exabyte": struct.pack("<Q", 1 << 60) + good_safetensors[8:],
+        "safetensors claims 4 TB": struct.pack("<Q", len(header)) + header,
+        "old format cut": b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.",
+    }[kind]
+
+
+DAMAGED = {
+    "empty": "the file is empty",
+    "one byte": "truncated or damaged",
+    "text": "not a checkpoint, it begins with b'hello, t'",
+    "web page": "a web page: the download failed",
+    "lfs": "git lfs pull",
+    "json": "not a checkpoint",
+    "torch cut early": "truncated or damaged archive",
+    "torch cut late": "truncated or damaged archive",
+    "safetensors cut": "damaged safetensors",
+    "safetensors header beyond the file": "damaged safetensors",
+    "safetensors header of an exabyte": "damaged safetensors",
+    "safetensors claims 4 TB": "damaged safetensors",
+    "old format cut": "truncated or damaged",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_files_are_one_line_with_path_and_reason(kind, toy, tmp_path):
+    torch.save(authors(toy), tmp_path / "good.pth")
+    save_file(authors(toy), tmp_path / "good.safetensors")
+    path = tmp_path / "bad.pth"
+    path.write_bytes(
+        damaged(kind, (tmp_path / "good.pth").read_bytes(), (tmp_path / "good.safetensors").read_bytes())
+    )
+    with pytest.raises(ValueError, match=DAMAGED[kind]) as caught:
+        visionhybrid.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", range(0, 100, 7))
+def test_every_truncation_of_every_format_is_a_value_error(keep, toy, tmp_path):
+    for old in (False, True):
+        torch.save(authors(toy), tmp_path / "good.pth", _use_new_zipfile_serialization=not old)
+        whole = (tmp_path / "good.pth").read_bytes()
+        (tmp_path / "cut.pth").write_bytes(whole[: len(whole) * keep // 100])
+        with pytest.raises(ValueError, match=r"cut\.pth: "):
+            visionhybrid.load(tmp_path / "cut.pth")
+
+
+def test_zip_bombs_are_refused_before_they_unpack(toy, tmp_path):
+    torch.save(authors(toy), tmp_path / "good.pth")
+    with zipfile.ZipFile(tmp_path / "good.pth") as good, zipfile.ZipFile(tmp_path / "bomb.pth", "w") as bomb:
+        for entry in good.infolist():
+            bomb.writestr(entry.filename, good.read(entry))
+        bomb.writestr("archive/data/99", b"\0" * 50_000_000, compress_type=zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="claim to unpack to"):
+        visionhybrid.load(tmp_path / "bomb.pth")
+
+
+def test_tensors_without_substance_are_refused(toy, tmp_path):
+    """Zero strides: a tensor of 4 TB in a file of a few kB."""
+    torch.save({**authors(toy), "stem.weight": torch.zeros(1).expand(1 << 40)}, tmp_path / "thin.pth")
+    with pytest.raises(ValueError, match="claim to hold"):
+        visionhybrid.load(tmp_path / "thin.pth")
+
+
+def test_a_layer_number_out_of_all_proportion_is_refused(toy):
+    with pytest.raises(ValueError, match="counts further than"):
+        visionhybrid.load({**authors(toy), "layers.999999999.lin.weight": torch.zeros(1)})
+
+
+def test_other_archives_are_told_apart(tmp_path):
+    np.savez(tmp_path / "a.npz", a=np.zeros(3))
+    with pytest.raises(ValueError, match=r"a zip archive, but not one that torch\.save wrote"):
+        visionhybrid.load(tmp_path / "a.npz")
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        archive.writestr("script/data.pkl", b"")
+        archive.writestr("script/constants.pkl", b"")
+    with pytest.raises(ValueError, match="a TorchScript program"):
+        visionhybrid.load(tmp_path / "script.pt")
+
+
+def test_no_such_file_and_wrong_types(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.pth: no such file"):
+        visionhybrid.load(tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="a path or a state dict is needed, got int"):
+        visionhybrid.load(3)
+    with pytest.raises(ValueError, match="holds a list where weights are expected"):
+        visionhybrid.load({"a": [1]}, key="a")
+    with pytest.raises(ValueError, match="holds no weights"):
+        visionhybrid.load({"epoch": 3})
+
+
+# ---- folders
+
+
+def test_timm_hub_folder(toy, tmp_path):
+    cfg = {"mean": [0.1, 0.2, 0.3], "input_size": [3, 32, 32]}
+    config = {"architecture": "toy", "num_classes": 5, "label_names": list("abcde"), "pretrained_cfg": cfg}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(authors(toy), tmp_path / "model.safetensors")
+    model = visionhybrid.load(tmp_path)
+    same(model, toy)
+    assert model.pretrained_cfg["mean"] == [0.1, 0.2, 0.3]
+    assert model.pretrained_cfg["label_names"] == list("abcde")
+
+
+def test_run_and_checkpoint_directories(toy, tmp_path):
+    older, newer = (tmp_path / "checkpoints" / f"step_0000000{i}" for i in (1, 2))
+    for folder, model in ((older, randomised(Toy(num_classes=5))), (newer, toy)):
+        folder.mkdir(parents=True)
+        save_file(model.state_dict(), folder / "ema.safetensors")
+        save_file({k: v * 0 for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    same(visionhybrid.load(newer), toy)
+    same(visionhybrid.load(tmp_path), toy)  # unfinished run: newest checkpoint, averaged weights
+    assert not any(p.any() for p in visionhybrid.load(newer, key="model").parameters())
+    save_file(toy.state_dict(), tmp_path / "model.safetensors")
+    (older / "ema.safetensors").unlink()
+    (newer / "ema.safetensors").unlink()
+    same(visionhybrid.load(tmp_path), toy)  # finished run: the final weights
+
+
+def test_folder_without_weights(tmp_path):
+    with pytest.raises(ValueError, match="a folder without weights"):
+        visionhybrid.load(tmp_path)
+
+
+# ---- options
+
+
+def test_options_that_no_shape_shows_are_keywords(toy):
+    x = torch.randn(1, 3, 5, 5)
+    torch.testing.assert_close(visionhybrid.load(authors(toy), gain=2.0)(x), 2 * toy(x))
+
+
+def test_a_misspelt_option_names_the_nearest(toy):
+    with pytest.raises(ValueError, match="toy has no option 'gian'; did you mean 'gain'"):
+        visionhybrid.load(authors(toy), gian=2.0)
+
+
+def test_unknown_architecture_lists_systems_and_keys():
+    with pytest.raises(
+        ValueError, match=r"no system recognises these weights \(have .*toy.*\); keys: fc\.weight"
+    ):
+        visionhybrid.load({"fc.weight": torch.zeros(3, 3)})
+
+
+def test_two_systems_that_recognise_one_state_are_an_error(toy, monkeypatch):
+    monkeypatch.setitem(registry.SYSTEMS, "twin", TOY)
+    with pytest.raises(ValueError, match="could be 'toy' and 'toy'; choose with system="):
+        visionhybrid.load(authors(toy))
+    same(visionhybrid.load(authors(toy), system="toy"), toy)
+    with pytest.raises(ValueError, match="no system 'tyo'"):
+        visionhybrid.load(authors(toy), system="tyo")
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["our keys", "authors' keys"])
+def test_mismatches_tell_both_sides(own, toy):
+    state = toy.state_dict() if own else authors(toy)
+    state["extra.weight"] = torch.zeros(2)
+    del state["head.bias"]
+    state["stem.bias"] = torch.zeros(9)
+    with pytest.raises(ValueError, match="does not fit toy") as caught:
+        visionhybrid.load(state)
+    for part in ("1 missing: head.bias", "1 unexpected: extra.weight", "stem.bias (file (9,), model (8,))"):
+        assert part in str(caught.value)
+
+
+# ---- dtype, device
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_files_become_float32_unless_asked(dtype, toy, tmp_path):
+    half = {k: v.to(dtype) if v.is_floating_point() else v for k, v in authors(toy).items()}
+    torch.save(half, tmp_path / "half.pth")
+    model = visionhybrid.load(tmp_path / "half.pth")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.blocks[0].norm.num_batches_tracked.dtype == torch.int64
+    torch.testing.assert_close(model.head.weight, toy.head.weight, rtol=1e-2, atol=1e-2)
+    model = visionhybrid.load(tmp_path / "half.pth", dtype=str(dtype).removeprefix("torch."))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert torch.equal(model.head.weight, half["head.weight"])
+    assert model.blocks[0].norm.num_batches_tracked.dtype == torch.int64
+    assert visionhybrid.inspect(tmp_path / "half.pth").dtypes == {str(dtype)[6:]: len(half) - 4, "int64": 4}
+
+
+def test_dtype_must_be_floating(toy):
+    for wrong_type in ("int8", "float3", torch.int64):
+        with pytest.raises(ValueError, match="dtype must be a floating-point type"):
+            visionhybrid.load(authors(toy), dtype=wrong_type)
+
+
+def test_device(toy):
+    model = visionhybrid.load(authors(toy), device="meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+# ---- save, deployed, warm start
+
+
+def test_save_load_round_trip(toy, tmp_path):
+    toy.gain = 3.0
+    path = save(
+        toy,
+        tmp_path / "new" / "toy.safetensors",
+        classes=list("abcde"),
+        options={"gain": 3.0},
+        metadata={"by": "me"},
+    )
+    model = visionhybrid.load(path)
+    same(model, toy)
+    assert model.pretrained_cfg["label_names"] == list("abcde")
+    found = visionhybrid.inspect(path)
+    assert (found.system, found.options["gain"], found.metadata["by"]) == ("toy", 3.0, "me")
+    assert found.metadata["version"] == visionhybrid.__version__
+    assert [p.name for p in path.parent.iterdir()] == ["toy.safetensors"]
+    # The second generation remembers what the file told the first.
+    assert visionhybrid.inspect(save(model, tmp_path / "again.safetensors")).options["gain"] == 3.0
+    # The same tensors without metadata load as well.
+    save_file(load_file(path), tmp_path / "bare.safetensors")
+    same(visionhybrid.load(tmp_path / "bare.safetensors", gain=3.0), toy)
+
+
+def test_a_head_replaced_after_loading_is_saved_as_it_is(toy, tmp_path):
+    model = visionhybrid.load(authors(toy), gain=2.0)
+    model.head, model.num_classes = torch.nn.Linear(8, 2), 2
+    again = visionhybrid.load(save(model, tmp_path / "two.safetensors"))
+    assert (again.num_classes, again.gain) == (2, 2.0)
+    same(again, model)
+
+
+def test_deployed_models_round_trip_and_deploy_only_once(toy, tmp_path):
+    import copy
+
+    folded = copy.deepcopy(toy).deploy()
+    path = save(folded, tmp_path / "deployed.safetensors")
+    assert visionhybrid.inspect(path).deployed
+    model = visionhybrid.load(path)
+    same(model, folded)
+    x = torch.randn(2, 3, 6, 7)
+    torch.testing.assert_close(model(x), toy(x), rtol=1e-5, atol=1e-5)
+    same(visionhybrid.load(folded.state_dict()), folded)
+    with pytest.raises(ValueError, match="deployed weights have no norms left to train"):
+        warm_start(toy, path)
+
+
+def test_save_leaves_the_old_file_when_writing_fails(toy, tmp_path, monkeypatch):
+    path = save(toy, tmp_path / "toy.safetensors")
+    before = path.read_bytes()
+
+    def full(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("visionhybrid.models.checkpoint.saving.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(toy, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["toy.safetensors"]
+
+
+def test_save_checks_the_number_of_class_names(toy, tmp_path):
+    with pytest.raises(ValueError, match="2 class names for 5 classes"):
+        save(toy, tmp_path / "toy.safetensors", classes=["a", "b"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_metadata_of_another_version_is_checked(toy, tmp_path):
+    save_file(toy.state_dict(), tmp_path / "a.safetensors", {"system": "toy", "options": '{"wings": 2}'})
+    with pytest.raises(ValueError, match="toy has no option 'wings'"):
+        visionhybrid.load(tmp_path / "a.safetensors")
+    save_file(toy.state_dict(), tmp_path / "b.safetensors", {"options": "{"})
+    with pytest.raises(ValueError, match="metadata 'options' is not JSON"):
+        visionhybrid.load(tmp_path / "b.safetensors")
+
+
+def test_warm_start_reports_what_it_did(toy, tmp_path):
+    torch.save({"params": authors(toy)}, tmp_path / "start.pth")
+    model = Toy(num_classes=2, depth=4)
+    head = model.head.weight.clone()
+    report = warm_start(model, tmp_path / "start.pth")
+    assert report.reshaped == ("head.weight", "head.bias")
+    assert set(report.new) == {name for name in model.state_dict() if name.startswith("blocks.3.")}
+    assert (len(report.loaded), report.unused) == (len(toy.state_dict()) - 2, ())
+    assert torch.equal(model.head.weight, head)
+    assert torch.equal(model.blocks[2].conv.weight, toy.blocks[2].conv.weight)
+    assert "2 of another shape: head.weight, head.bias" in str(report)
+
+
+def test_warm_start_refuses_when_nothing_fits(toy):
+    with pytest.raises(ValueError, match="no tensor of this toy fits the model"):
+        warm_start(torch.nn.Linear(3, 3), authors(toy))
+    with pytest.raises(ValueError, match="no system recognises"):
+        warm_start(toy, {"fc.weight": torch.zeros(3)})
+
+
+def test_inspect_of_unknown_and_unfit_weights_says_so(toy):
+    found = visionhybrid.inspect({"fc.weight": torch.zeros(3, 4), "fc.bias": torch.zeros(3)})
+    assert (found.system, found.values, found.parameters) == (None, 15, None)
+    assert "no system recognises" in found.problem
+    state = authors(toy)
+    del state["head.bias"]
+    assert "1 missing: head.bias" in visionhybrid.inspect(state).problem
+
+
+def test_inspect_counts(toy):
+    found = visionhybrid.inspect(authors(toy))
+    assert found.parameters == sum(p.numel() for p in toy.parameters())
+    assert found.tensors == len(authors(toy))
+    assert found.options == {"in_chans": 3, "dim": 8, "num_classes": 5, "depth": 3}
+    json.dumps(vars(found))
+
+
+# ---- golden cases: the published implementations' keys, sizes and outputs, through `load` alone
+
+# Not visible in any tensor of the case.
+KEYWORDS = {"nextvit_custom_129x97": {"sr_ratios": (8, 2, 2, 1)}}
+STEP = {"stage0": 4, "stage1": 4, "stage2": 4, "stage3": 2, "features": 2}  # outputs are stored subsampled
+
+
+def whole_models(system):
+    """Cases of whole models: blocks and arithmetic have no state that a system recognises."""
+    return [name for name in list_cases() if name.startswith(f"{system}_") and is_whole(load_case(name))]
+
+
+def is_whole(case):
+    return {"stem.0.conv.weight", "conv_first.weight"} & set(case.facts["keys"])
+
+
+@pytest.mark.parametrize("name", whole_models("nextvit"))
+def test_golden_nextvit(name):
+    case = load_case(name)
+    model = visionhybrid.load({"model": case.state_dict()}, **KEYWORDS.get(name, {}))
+    if "deploy" in name:
+        with torch.inference_mode():
+            case.check("logits_unmerged", model(case.input("x")))
+            model.deploy()
+    with torch.inference_mode():
+        final, taps = model.forward_intermediates(case.input("x"))
+        got = {f"stage{i}": tap for i, tap in enumerate(taps)}
+        if "logits" in case.outputs:
+            got |= {"features": final, "pooled": final.mean((2, 3)), "logits": model.forward_head(final)}
+    for output, value in got.items():
+        step = STEP.get(output)
+        case.check(output, value[..., ::step, ::step] if step else value)
+    assert {"logits", "stage3"} & got.keys()
