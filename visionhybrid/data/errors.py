@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 
-class CorruptSample(Exception):  # noqa: N818 - the outcome of a sample, not a mistake in the program
+class CorruptSample(ValueError):  # noqa: N818 - the outcome of a sample, not a mistake in the program
     """One sample cannot be used: its file is unreadable, or contradicts its partner.
 
     Training skips and counts these; everything else is a mistake in the set-up and stops the run. Attributes: `path`,

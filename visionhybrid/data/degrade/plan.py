@@ -89,9 +89,12 @@ def resize(x: Tensor, mode: str, factor: float | None = None, size: list[int] | 
     return F.interpolate(x, size=None if size is None else tuple(size), scale_factor=factor, mode=mode)
 
 
-def bicubic(x: Tensor, scale: float) -> Tensor:
-    """MATLAB's antialiased bicubic, neither clipped nor rounded."""
-    return imresize(x, scale)
+def bicubic(x: Tensor, scale: float, eight_bit: bool = False) -> Tensor:
+    """MATLAB's antialiased bicubic of the image as it is, or of its 8-bit version (rounding after each axis)."""
+    if not eight_bit:
+        return imresize(x, scale)
+    levels = (x * 255).round().clamp(0, 255).to(torch.uint8)
+    return imresize(levels, scale).to(x) / 255
 
 
 def gaussian_noise(x: Tensor, sigma: list[float], seed: int, gray: list[bool] | bool = False) -> Tensor:

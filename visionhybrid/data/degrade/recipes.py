@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from visionhybrid.data.degrade.kernels import BELLS
 from visionhybrid.data.degrade.plan import MODES, Plan, Step
@@ -40,12 +40,19 @@ class Degradation(Protocol):
 
 @dataclass(frozen=True)
 class Bicubic:
-    """MATLAB's antialiased bicubic by 1/scale: the low-resolution images of the super-resolution tables."""
+    """MATLAB's antialiased bicubic by 1/scale: the low-resolution images of the super-resolution tables.
+
+    `eight_bit` gives exactly the 8-bit image that MATLAB makes of an 8-bit one, as the published data sets hold it;
+    otherwise the result is neither rounded nor clipped (as in HAT's ImageNet pre-training).
+    """
 
     scale: int = 4
+    eight_bit: bool = False
+    # Low-quality pixels around a crop that its own depend on: the kernel reaches 2 from a pixel's centre.
+    margin: ClassVar[int] = 2
 
     def draw(self, seed: int, *, size: tuple[int, int], batch: int = 1) -> Plan:
-        return [Step("bicubic", {"scale": 1 / self.scale})]
+        return [Step("bicubic", {"scale": 1 / self.scale, "eight_bit": self.eight_bit})]
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Noise:
 
     sigma: float | Range = 25.0
     scale: int = 1
+    margin: ClassVar[int] = 0
 
     def draw(self, seed: int, *, size: tuple[int, int], batch: int = 1) -> Plan:
         rng = random.Random(seed)
@@ -68,6 +76,7 @@ class Jpeg:
 
     quality: int | tuple[int, ...] = (10, 20, 30, 40)
     scale: int = 1
+    margin: ClassVar[int] = 0
 
     def draw(self, seed: int, *, size: tuple[int, int], batch: int = 1) -> Plan:
         rng = random.Random(seed)
