@@ -5,7 +5,7 @@ options for a particular paper here: a system that needs an `if` writes its own 
 `tests/test_models.py`; `tests/timm_contract/` runs it.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: torch.fx puts the annotations of `forward` into the code it writes, as text.
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -183,7 +183,8 @@ class Backbone(nn.Module):
         blocks = [
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
             (r"^stages\.(\d+)\.(?:downsample|position)", (0,)),  # with the stage's first block
-            (r"^(?:stages\.(\d+)\.)?norm", (99999,)),  # timm: with the group before
+            (r"^stages\.(\d+)\.norm", (99999,)),  # timm's word for: with the group before
+            (r"^norm", (99999,)),
         ]
         return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
 
@@ -194,7 +195,7 @@ class Backbone(nn.Module):
             stage.grad_checkpointing = enable
 
     @torch.no_grad()
-    def deploy(self) -> Backbone:
+    def deploy(self) -> "Backbone":
         """Fold every batch norm, in place, for inference; returns self in eval mode. Calling it again changes nothing.
 
         Blocks fold what they can (their `reparameterize`, which `timm.utils.reparameterize_model` finds too); a norm that no

@@ -7,6 +7,7 @@ move a and d into a neighbouring linear map; they compute in float64 and keep th
 from __future__ import annotations
 
 import torch
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -69,8 +70,9 @@ class Affine(nn.Module):
         return torch.addcmul(self.bias[:, None, None], x, self.weight[:, None, None])
 
 
+@register_notrace_module
 class BatchNorm2d(nn.BatchNorm2d):
-    """torch's, for a place where no neighbour can absorb it: `timm.utils.reparameterize_model` calls `fuse`."""
+    """torch's (a leaf for torch.fx as well), for a place where no neighbour can absorb it: `timm.utils.reparameterize_model` calls `fuse`."""
 
     def fuse(self) -> Affine:
         return Affine(self)
