@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import resource
 import struct
 import subprocess
@@ -413,6 +414,11 @@ def test_missing_files_folders_and_permissions(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", refuse)  # chmod does not stop root
     with pytest.raises(ImageError, match=r"x\.png: Permission denied$"):
         read_image(tmp_path / "x.png")
+
+
+def test_an_error_survives_the_way_out_of_a_worker():
+    error = pickle.loads(pickle.dumps(ImageError("x.png", "the file is empty")))
+    assert (str(error), error.path.name, error.reason) == ("x.png: the file is empty", "x.png", "the file is empty")
 
 
 def test_a_decompression_bomb(tmp_path):

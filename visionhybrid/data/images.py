@@ -61,8 +61,11 @@ class ImageError(ValueError):
     """A file that cannot be read or written: `path`, and the `reason` in one line."""
 
     def __init__(self, path: str | Path, reason: str):
-        super().__init__(f"{path}: {reason}")
+        super().__init__(path, reason)  # both, so that it survives the way out of a worker process
         self.path, self.reason = Path(path), reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
 
 
 @dataclass(frozen=True, kw_only=True)
