@@ -1,0 +1,489 @@
+"""The one training loop. It knows steps, not tasks: what is trained on what is a `Task`'s business.
+
+Exactness: the data order, every sample, and the generators at each forward pass are functions of (seed, step), never of
+history, and a checkpoint holds everything else. So a run that is killed at any moment and started again ends with the same
+bits, with any number of loading processes. See `sampler.py` and tests/test_resume.py.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils.memory import should_reduce_batch_size
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from visionhybrid.data.seeds import mix, seed_all
+from visionhybrid.train import state, task
+from visionhybrid.train.config import Config, ConfigError, Loop, Optim, check
+from visionhybrid.train.ema import Ema
+from visionhybrid.train.guard import DivergedError, Watch
+from visionhybrid.train.log import Log
+from visionhybrid.train.sampler import Batch, Position, Sample, Stream, loader
+from visionhybrid.train.schedule import Rate
+
+# What a changed config may change about an optimiser when a run continues; the rest comes from the checkpoint.
+_FROM_CONFIG = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum")
+
+
+class Interrupted(KeyboardInterrupt):
+    """Stopped by a signal, after a checkpoint was written."""
+
+
+@dataclass
+class Part:
+    """One network with its optimiser."""
+
+    name: str
+    net: nn.Module  # as wrapped by accelerate
+    bare: nn.Module  # what the task built; the same parameters
+    optimizer: Any
+    rate: Rate
+
+    @property
+    def optimizer_file(self) -> str:
+        return "optimizer" if self.name == "model" else f"{self.name}_optimizer"
+
+
+class Trainer:
+    def __init__(self, config: Config, out: Path, *, progress: bool = True) -> None:
+        self.config, self.out, self.checkpoints = check(config), out, out / "checkpoints"
+        loop = config.loop
+        self.accelerator = make_accelerator(loop.precision)
+        self.task = task.build(config)
+        stream = self._stream(Position())
+        self.steps_per_epoch = stream.batches_per_epoch
+        self.total = loop.steps or max(1, round((loop.epochs or 0) * self.steps_per_epoch))
+        self.micro = min(
+            loop.micro_batch or loop.batch_size, loop.batch_size // self.accelerator.num_processes
+        )
+        self.parts = self._build()
+        self.main = self.parts[0]
+        self.ema = (
+            Ema(self.main.bare, loop.ema_decay, loop.ema_warmup) if loop.ema_decay is not None else None
+        )
+        self.log = Log(
+            out, main=self.accelerator.is_main_process, progress=progress, tensorboard=loop.tensorboard
+        )
+        self.step, self.position, self.watch = 0, Position(), Watch()
+        self.window: dict[str, list[float]] = {}  # name -> [sum, count] since the last line of the log
+        self.metrics: dict[str, float] = {}
+        self.best: dict[str, Any] | None = None  # {"step", "value"}
+        self.seconds = 0.0
+
+    # -- building ----------------------------------------------------------------------------------------------------
+
+    def _stream(self, start: Position) -> Stream:
+        return Stream(
+            len(self.task.train_set),
+            self.config.loop.batch_size,
+            seed=self.config.loop.seed,
+            start=start,
+            repeat=self.task.repeat,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+
+    def _build(self) -> list[Part]:
+        loop = self.config.loop
+        seed_all(mix(loop.seed, "init"))
+        nets = self.task.parts()
+        for net in nets.values():
+            _prepare(net, loop)
+        optimizers = [_optimizer(self.config.optim, net) for net in nets.values()]
+        prepared = self.accelerator.prepare(*nets.values(), *optimizers)
+        parts = []
+        for i, name in enumerate(nets):
+            net, optimizer = prepared[i], prepared[len(nets) + i]
+            if loop.compile:
+                net.compile()
+            rate = Rate(self.config.schedule, optimizer.optimizer, self.total, self.steps_per_epoch)
+            parts.append(Part(name, net, self.accelerator.unwrap_model(net), optimizer, rate))
+        return parts
+
+    def _batches(self) -> Iterator[Batch]:
+        pin = self.accelerator.device.type == "cuda"
+        return iter(
+            loader(
+                self.task.train_set,
+                self._stream(self.position),
+                self.task.collate,
+                workers=self.config.loop.workers,
+                pin=pin,
+            )
+        )
+
+    # -- one update --------------------------------------------------------------------------------------------------
+
+    def update(self, batch: Batch) -> dict[str, float] | None:
+        """One optimisation step on `batch`. Returns what to log, or None if the guard left the update out."""
+        values: dict[str, float] = {}
+        buffers = [[b.clone() for b in part.bare.buffers()] for part in self.parts]
+        for part in self.parts:
+            part.net.train()
+            part.rate.set(self.step)
+            logs = self._gradients(part, batch, buffers)
+            norm = self._norm(part)
+            verdict = None if self._overflow(logs["loss"], norm) else self._verdict(part, logs["loss"], norm)
+            if verdict is not None:
+                self._leave_out(part, buffers, verdict, logs["loss"], norm)
+                return None
+            part.optimizer.step()
+            part.optimizer.zero_grad()
+            prefix = "" if part is self.main else f"{part.name}_"
+            values.update({f"{prefix}{name}": value for name, value in logs.items()})
+            values[f"{prefix}grad_norm"] = norm
+        self.watch.good(values["loss"])
+        if self.ema is not None:
+            self.ema.update(self.main.bare, self.step + 1)
+        return values
+
+    def _gradients(self, part: Part, batch: Batch, buffers: list[list[Tensor]]) -> dict[str, float]:
+        """Accumulate gradients over micro-batches; when memory runs out, once more with half the micro-batch."""
+        while True:
+            try:
+                return self._accumulate(part, batch.tensors)
+            except RuntimeError as error:
+                if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+                    raise
+                size = self.micro
+            if size == 1 or self.accelerator.num_processes > 1:
+                raise DivergedError(
+                    f"out of memory with {size} samples in a forward pass"
+                    + (
+                        "; lower loop.micro_batch"
+                        if size > 1
+                        else "; lower the image size or use loop.precision=bf16"
+                    )
+                )
+            part.optimizer.zero_grad()
+            self._restore(buffers)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.micro = math.ceil(size / 2)
+            self.log.note(
+                self.step, f"out of memory: micro-batch {size} -> {self.micro}, same effective batch"
+            )
+
+    def _accumulate(self, part: Part, tensors: Sample) -> dict[str, float]:
+        loop, nets = self.config.loop, {p.name: p.net for p in self.parts}
+        count = len(next(iter(tensors.values())))
+        starts = range(0, count, self.micro)
+        totals: dict[str, Tensor] = {}
+        for number, first in enumerate(starts):
+            last = number == len(starts) - 1
+            piece = {
+                name: self._to_device(value[first : first + self.micro]) for name, value in tensors.items()
+            }
+            weight = min(self.micro, count - first) / count
+            place = (self.step, number, self.accelerator.process_index)
+            seed_all(mix(loop.seed, "step", part.name, self.position.order, *place))
+            with nullcontext() if last else self.accelerator.no_sync(part.net):
+                loss, logs = self.task.loss(part.name, nets, piece)
+                self.accelerator.backward(loss * weight)
+            for name, value in {"loss": loss, **logs}.items():
+                totals[name] = totals.get(name, 0) + value.detach().float() * weight
+        reduced = self.accelerator.reduce(torch.stack([*totals.values()]), "mean")
+        return dict(zip(totals, reduced.tolist(), strict=True))
+
+    def _to_device(self, value: Tensor) -> Tensor:
+        value = value.to(self.accelerator.device, non_blocking=True)
+        if self.config.loop.channels_last and value.ndim == 4:
+            value = value.contiguous(memory_format=torch.channels_last)
+        return value
+
+    def _norm(self, part: Part) -> float:
+        """Norm of the whole gradient, before it is clipped here."""
+        self.accelerator.unscale_gradients(part.optimizer)
+        params = [p for p in part.bare.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in params if p.grad is not None])
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
+        if self.config.optim.clip_norm is not None:
+            clip_grads_with_norm_(params, self.config.optim.clip_norm, norm)
+        return float(norm)
+
+    def _overflow(self, loss: float, norm: float) -> bool:
+        """Whether this is fp16's ordinary overflow, which the loss scaler leaves out by itself."""
+        scaler = self.accelerator.scaler
+        if scaler is None or not math.isfinite(loss) or math.isfinite(norm) or scaler.get_scale() < 1:
+            return False
+        self.watch.overflow += 1
+        return True
+
+    def _verdict(self, part: Part, loss: float, norm: float) -> str | None:
+        guard = self.config.guard if part is self.main else replace(self.config.guard, spike=0.0)
+        return self.watch.verdict(guard, loss, norm)
+
+    def _leave_out(self, part: Part, buffers: list[list[Tensor]], why: str, loss: float, norm: float) -> None:
+        self.watch.skip(loss, norm)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+        part.optimizer.zero_grad()
+        self._restore(buffers)
+        self.log.note(self.step, f"step {self.step}: update left out, {why}")
+
+    def _restore(self, buffers: list[list[Tensor]]) -> None:
+        """Undo what the forward pass did to running statistics: one NaN there would never leave."""
+        for part, saved in zip(self.parts, buffers, strict=True):
+            for buffer, value in zip(part.bare.buffers(), saved, strict=True):
+                buffer.copy_(value)
+
+    # -- the run -----------------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """From where the run stands to its last step."""
+        loop = self.config.loop
+        started = time.monotonic() - self.seconds
+        batches = self._batches()
+        with self.log.bar(self.total, self.step), _signals() as caught:
+            while self.step < self.total:
+                batch = next(batches)
+                values = self.update(batch)
+                self._note_corrupt(batch)
+                if self.watch.bad >= self.config.guard.in_a_row:
+                    self.roll_back()
+                    batches = self._batches()
+                    continue
+                self.step, self.position = self.step + 1, batch.after
+                self.seconds = time.monotonic() - started
+                self._record(values)
+                every = loop.validate_every or self.steps_per_epoch
+                last = self.step == self.total
+                validated = last or self.step % every == 0
+                improved = validated and self.validate()
+                due = self.step % loop.checkpoint_every == 0 if loop.checkpoint_every else validated
+                if last or improved or (due and not self.watch.bad):
+                    self.save()
+                if self._stopped(caught):
+                    self.save()
+                    raise Interrupted(f"stopped at step {self.step}; the same command continues")
+
+    def _record(self, values: dict[str, float] | None) -> None:
+        for name, value in (values or {}).items():
+            total = self.window.setdefault(name, [0.0, 0])
+            total[0] += value
+            total[1] += 1
+        rate = float(self.main.optimizer.param_groups[0]["lr"])
+        if values:
+            self.log.advance(self.step, values["loss"], rate)
+        if self.step % self.config.loop.log_every == 0 and self.window:
+            means = {name: total / count for name, (total, count) in self.window.items()}
+            epoch = self.step / self.steps_per_epoch
+            counts = {"skipped": self.watch.skipped, "corrupt": self.watch.corrupt}
+            self.log.scalars("train", self.step, {"epoch": epoch, "lr": rate, **means, **counts})
+            self.window = {}
+
+    def _note_corrupt(self, batch: Batch) -> None:
+        for text in batch.corrupt:
+            self.watch.corrupt += 1
+            self.log.note(self.step, f"skipped {text}")
+        if self.watch.corrupt > self.config.guard.corrupt:
+            raise DivergedError(
+                f"{self.watch.corrupt} samples could not be read (guard.corrupt={self.config.guard.corrupt})"
+            )
+
+    def _stopped(self, caught: list[int]) -> bool:
+        if self.accelerator.num_processes == 1:
+            return bool(caught)
+        flag = torch.tensor(float(bool(caught)), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum").item())
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no process holds all weights (FSDP)."""
+        return any(hasattr(p, "full_tensor") for p in self.main.bare.parameters())
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The network as it would be released: averaged weights, eval mode."""
+        with self.ema.applied(self.main.bare) if self.ema is not None else nullcontext():
+            self.main.net.eval()
+            try:
+                yield self.main.bare
+            finally:
+                self.main.net.train()
+
+    def validate(self, limit: int | None = None) -> bool:
+        """Measure, log and draw samples; returns whether this is the best so far."""
+        with self.evaluating() as model, torch.no_grad():
+            self.metrics = self.task.validate(model, self.accelerator, limit)
+            if self.accelerator.is_main_process and not self.sharded:
+                self.task.samples(model, self.out / "samples" / f"step_{self.step:08d}")
+        epoch = self.step / self.steps_per_epoch
+        self.log.scalars(
+            "validation", self.step, {"epoch": epoch, **self.metrics, "seconds": round(self.seconds, 1)}
+        )
+        value = self.metrics[self.task.metric]
+        if not math.isfinite(value):
+            return False
+        sign = 1 if self.task.higher_is_better else -1
+        if self.best is not None and sign * value <= sign * self.best["value"]:
+            return False
+        self.best = {"step": self.step, "value": value}
+        return True
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """A checkpoint of now. Every process takes part, the main one writes."""
+        tensors: dict[str, state.Tensors] = {}
+        trees = {}
+        for part in self.parts:
+            tensors[part.name] = state.whole(part.bare.state_dict())
+            trees[part.name], content = state.pack(part.optimizer.optimizer.state_dict())
+            tensors[part.optimizer_file] = state.whole(content)
+        if self.ema is not None:
+            tensors["ema"] = state.whole(self.ema.average)
+        if self.accelerator.is_main_process:
+            state.write(self.checkpoints, self.step, tensors, {**self._facts(), "optimizers": trees})
+            best = self.best["step"] if self.best else None
+            state.prune(self.checkpoints, self.config.loop.keep, best)
+        self.accelerator.wait_for_everyone()
+
+    def _facts(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "step": self.step,
+            "position": asdict(self.position),
+            "watch": self.watch.state(),
+            "window": self.window,
+            "metrics": self.metrics,
+            "best": self.best,
+            "seconds": self.seconds,
+            "micro": self.micro,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "batch_size": self.config.loop.batch_size,
+            "world": self.accelerator.num_processes,
+        }
+
+    def load(self, path: Path) -> None:
+        """Continue from the checkpoint `path`, bit for bit if the config is the same."""
+        tensors, facts = state.read(path)
+        for part in self.parts:
+            if part.name not in tensors or part.optimizer_file not in tensors:
+                raise state.CheckpointError(
+                    f"{path} has no {part.name!r}; it has {', '.join(sorted(tensors))}"
+                )
+            state.load_into(part.bare.state_dict(), tensors[part.name], part.name)
+            saved = state.unpack(facts["optimizers"][part.name], tensors[part.optimizer_file])
+            _load_optimizer(part.optimizer.optimizer, saved)
+        if self.ema is not None:
+            state.load_into(self.ema.average, tensors.get("ema", tensors["model"]), "ema")
+        if self.accelerator.scaler is not None and facts["scaler"]:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        self.step, self.position = facts["step"], Position(**facts["position"])
+        self.watch, self.window = Watch(**facts["watch"]), facts["window"]
+        self.metrics, self.best, self.seconds = facts["metrics"], facts["best"], facts["seconds"]
+        if (
+            facts["batch_size"] == self.config.loop.batch_size
+            and facts["world"] == self.accelerator.num_processes
+        ):
+            self.micro = min(self.micro, facts["micro"])
+
+    def roll_back(self) -> None:
+        """Back to the last good checkpoint, from there on with another data order.
+
+        Raises: DivergedError: this happened more than `guard.rollbacks` times since that checkpoint.
+        """
+        path, skipped = state.newest(self.checkpoints)
+        for text in skipped:
+            self.log.note(self.step, text)
+        if path is None:
+            raise DivergedError("training went astray and there is no valid checkpoint to go back to")
+        at, now = self.step, self.watch
+        self.load(path)
+        rollbacks = now.rollbacks + 1
+        if rollbacks - self.watch.rollbacks > self.config.guard.rollbacks:
+            raise DivergedError(
+                f"training went astray {rollbacks - self.watch.rollbacks} times after step {self.step}; "
+                "lower optim.lr, or set optim.clip_norm"
+            )
+        self.watch = replace(now, bad=0, rollbacks=rollbacks, mean=self.watch.mean, seen=self.watch.seen)
+        # the order is the number of rollbacks, so a killed run that meets the same trouble again goes the same way
+        self.position = replace(self.position, order=rollbacks)
+        self.log.note(self.step, f"step {at}: {now.bad} updates in a row left out; back to step {self.step}")
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """This process's accelerator; `accelerate launch` and its environment decide on device, DDP and FSDP."""
+    # accelerate keeps one state per process and refuses another precision; runs in one process are independent here
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    try:
+        return Accelerator(mixed_precision=precision)
+    except ValueError as error:
+        raise ConfigError(f"loop.precision: {precision} does not work on this machine: {error}") from None
+
+
+def _prepare(net: nn.Module, loop: Loop) -> None:
+    if loop.channels_last:
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if loop.grad_checkpointing:
+        if not hasattr(net, "set_grad_checkpointing"):
+            raise ConfigError(f"loop.grad_checkpointing: {type(net).__name__} has none")
+        net.set_grad_checkpointing(True)  # type: ignore[operator]
+
+
+def _optimizer(optim: Optim, net: nn.Module) -> torch.optim.Optimizer:
+    given = {"betas": optim.betas, "eps": optim.eps}
+    try:
+        return create_optimizer_v2(
+            net,
+            opt=optim.name,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            filter_bias_and_bn=not optim.decay_1d,
+            layer_decay=optim.layer_decay,
+            **{name: value for name, value in given.items() if value is not None},
+            **optim.options,
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ConfigError(f"optim: timm cannot make {optim.name!r}: {error}") from None
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, values in saved["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == params[i].shape:
+                values[name] = state.like(value, params[i])
+    for group, now in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        group.update({name: now[name] for name in _FROM_CONFIG if name in now})
+    optimizer.load_state_dict(saved)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted, so that the step under way can be finished and saved; a second one acts at once."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    former = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        signal.signal(number, former[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        former[number] = signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,189 @@
+"""A run from the first step to the released weights: `run`, and `validate` for weights that exist."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import timm
+import torch
+from torch import nn
+
+import visionhybrid
+from visionhybrid.models import checkpoint, registry
+from visionhybrid.models.checkpoint import saving
+from visionhybrid.train import card, log, recipes, state, task
+from visionhybrid.train.config import Config, check, diff, from_json, to_json
+from visionhybrid.train.loop import Trainer, make_accelerator
+
+
+def run(
+    config: Config | str,
+    out: str | Path,
+    *,
+    dry_run: bool = False,
+    resume: bool = True,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train as `config` says, in the run directory `out`; continue there if it holds a run.
+
+    Args:
+        config: a config or the name of a recipe (see `recipes.find`).
+        dry_run: one step of every phase and a memory estimate in a temporary directory instead; `out` is not touched.
+        resume: False: an `out` that already holds a run is an error.
+        progress: print a progress line and what a person should know.
+    Returns: `metrics` (last validation: name -> value), `history` (lines of log.jsonl), `steps`, `seconds`, `out`, `weights`
+        (path loadable by `visionhybrid.load`), `samples` (folder of pictures). A dry run: see `dryrun.rehearse`.
+    Raises: ConfigError, ValueError: the config or the data cannot be used. CheckpointError: disk full, or no checkpoint of
+        `out` is valid. DivergedError: the guard gave up. Interrupted: a signal came; a checkpoint was written.
+    """
+    config = recipes.find(config) if isinstance(config, str) else check(config)
+    if dry_run:
+        from visionhybrid.train.dryrun import rehearse
+
+        return rehearse(config, progress=progress)
+    out = Path(out)
+    if not resume and any((out / "checkpoints").glob("step_*")):
+        raise ValueError(f"{out} already holds a run; continue it (resume) or choose another directory")
+    trainer = Trainer(config, out, progress=progress)
+    _begin(trainer)
+    try:
+        trainer.fit()
+        return _finish(trainer)
+    finally:
+        trainer.log.close()
+
+
+def _begin(trainer: Trainer) -> None:
+    """Write what the run is, find where it stands."""
+    if trainer.accelerator.is_main_process:
+        trainer.out.mkdir(parents=True, exist_ok=True)
+        state.clean(trainer.checkpoints)
+    trainer.accelerator.wait_for_everyone()
+    path, skipped = state.newest(trainer.checkpoints)
+    if path is None and skipped:
+        raise state.CheckpointError(
+            f"{trainer.out}: no valid checkpoint to continue from; {'; '.join(skipped)}"
+        )
+    if path is not None:
+        trainer.load(path)
+    trainer.log.open(trainer.step)
+    for text in [*trainer.task.notes, *skipped]:
+        trainer.log.note(trainer.step, text)
+    if path is not None:
+        trainer.log.note(trainer.step, f"continuing from {path.name}")
+    if trainer.accelerator.is_main_process:
+        _describe(trainer)
+    if path is None:
+        trainer.save()
+
+
+def _describe(trainer: Trainer) -> None:
+    saved, new = trainer.out / "config.json", to_json(trainer.config)
+    if saved.is_file() and (old := saved.read_text(encoding="utf-8")) != new:
+        for line in diff(trainer.config, from_json(old)):
+            trainer.log.note(trainer.step, f"config changed: {line}")
+    state.write_text(saved, new)
+    if not (trainer.out / "command.txt").is_file():
+        state.write_text(trainer.out / "command.txt", shlex.join(sys.argv) + "\n")
+        state.write_text(trainer.out / "environment.json", json.dumps(environment(trainer), indent=2) + "\n")
+
+
+def environment(trainer: Trainer) -> dict[str, Any]:
+    """Versions, device, commit."""
+    found = {
+        "visionhybrid": visionhybrid.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "accelerate": accelerate.__version__,
+        "platform": platform.platform(),
+        "device": str(trainer.accelerator.device),
+        "processes": trainer.accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+    if trainer.accelerator.device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(trainer.accelerator.device)
+    return found
+
+
+def _commit() -> str:
+    """Of this package, if it is a git checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def _finish(trainer: Trainer) -> dict[str, Any]:
+    """Release the weights, write the card, gather what a caller wants to know."""
+    weights = trainer.out / "model.safetensors"
+    _release(trainer, weights)
+    history = list(log.read(trainer.log.path))
+    samples = trainer.out / "samples" / f"step_{trainer.step:08d}"
+    result = {
+        "metrics": trainer.metrics,
+        "history": history,
+        "steps": trainer.step,
+        "seconds": trainer.seconds,
+        "out": str(trainer.out),
+        "weights": str(weights),
+        "samples": str(samples),
+    }
+    if trainer.accelerator.is_main_process:
+        state.write_text(trainer.out / "report.md", card.text(trainer.config, result, environment(trainer)))
+    return result
+
+
+def _release(trainer: Trainer, path: Path) -> None:
+    """Write the (averaged) weights of the first part, with what `visionhybrid.load` and a reader need to know."""
+    facts = trainer.task.metadata()
+    classes, cfg = facts.pop("classes", None), facts.pop("pretrained_cfg", {})
+    facts |= {"recipe": trainer.config.name, "step": trainer.step, "metrics": trainer.metrics}
+    with trainer.evaluating() as model:
+        tensors = state.whole(model.state_dict())  # every process takes part
+        if not trainer.accelerator.is_main_process:
+            return
+        if trainer.sharded:
+            model = trainer.task.parts()[trainer.main.name]
+            model.load_state_dict(tensors)
+        model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **cfg}
+        text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+        if trainer.config.model.name in registry.SYSTEM_OF:
+            checkpoint.save(model, path, classes=classes, metadata=text)
+        else:  # any timm model can be trained here; timm reads its weights back
+            saving.write(tensors, path, {**text, "architecture": trainer.config.model.name})
+            trainer.log.note(trainer.step, f"{path.name}: load with timm.create_model(checkpoint_path=...)")
+
+
+def validate(
+    model: nn.Module | str | Path, config: Config | str, *, limit: int | None = None, progress: bool = True
+) -> dict[str, float]:
+    """Metrics of `model` on the held-out data of `config`, in float32.
+
+    Args:
+        model: a module, a checkpoint file of any known kind, or a run directory (its released weights).
+        config: a config or the name of a recipe; its `model` section is not used.
+        limit: so many batches or pictures only.
+    """
+    config = recipes.find(config) if isinstance(config, str) else check(config)
+    if not isinstance(model, nn.Module):
+        model = visionhybrid.load(model)
+    accelerator = make_accelerator("no")
+    model = model.to(accelerator.device).eval()
+    with torch.no_grad():
+        return task.build(config).validate(model, accelerator, limit)

@@ -1,0 +1,70 @@
+"""What the loop asks of a task, and nothing else."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from visionhybrid.train.config import Config
+from visionhybrid.train.sampler import Sample, TrainSet
+
+
+class Task(Protocol):
+    """One way to train. Constructed as `Task(config)`, which finds the data or raises a one-line ValueError.
+
+    A task with several networks (generator and discriminator) returns several parts; the loop gives each an optimiser and
+    updates them in order, every step, with `loss(part, ...)`. The first part is the one that is averaged, validated and released.
+    """
+
+    train_set: TrainSet
+    repeat: int  # passes over train_set that make one epoch
+    metric: str  # the entry of validate() that says which checkpoint is best
+    higher_is_better: bool
+    notes: list[str]  # what a person should know about how the parts were made
+
+    def parts(self) -> dict[str, nn.Module]: ...
+
+    def collate(self, samples: list[Sample], seed: int) -> Sample:
+        """Samples -> a batch; runs in a loading process, random decisions come from `seed`."""
+        ...
+
+    def loss(
+        self, part: str, parts: Mapping[str, nn.Module], batch: Sample
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A scalar, the mean over the batch, and further scalars to log."""
+        ...
+
+    def validate(
+        self, model: nn.Module, accelerator: Accelerator, limit: int | None = None
+    ) -> dict[str, float]:
+        """Metrics over the held-out data, the same on every process; `limit`: so many batches or pictures only."""
+        ...
+
+    def samples(self, model: nn.Module, folder: Path) -> list[Path]:
+        """Write pictures for a person to look at. Called on one process; with sharded weights not at all."""
+        ...
+
+    def metadata(self) -> dict[str, Any]:
+        """JSON-able facts that travel with the released weights (class names, ...)."""
+        ...
+
+
+def build(config: Config) -> Task:
+    """The task that `config` is for."""
+    module, _, name = config.entry.partition(":")
+    return getattr(importlib.import_module(module), name)(config)
+
+
+def share(count: int, accelerator: Accelerator) -> list[tuple[int, float]]:
+    """This process's part of `range(count)` as (index, weight); every process gets equally many, the surplus at weight 0.
+
+    Equal counts matter: with sharded weights each forward pass is a joint operation.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    each = -(-count // world)
+    return [(i, 1.0) if i < count else (0, 0.0) for i in range(rank * each, (rank + 1) * each)]
