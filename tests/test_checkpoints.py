@@ -344,6 +344,21 @@ def test_run_and_checkpoint_directories(toy, tmp_path):
     same(visionhybrid.load(tmp_path), toy)  # finished run: the final weights
 
 
+def test_hidden_options_come_from_the_config_of_a_run_or_hub_folder(toy, tmp_path, monkeypatch):
+    monkeypatch.setitem(registry.VARIANTS, "vh_toy", {"depth": 3})
+    toy.gain = 5.0
+    for config in (
+        {"model": {"name": "vh_toy", "options": {"gain": 5.0, "num_classes": 99}}},
+        {"architecture": "vh_toy", "model_args": {"gain": 5.0}},
+    ):
+        step = tmp_path / "checkpoints" / "step_00000003"
+        step.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        save_file(toy.state_dict(), step / "ema.safetensors")
+        same(visionhybrid.load(tmp_path), toy)
+        same(visionhybrid.load(step), toy)
+
+
 def test_folder_without_weights(tmp_path):
     with pytest.raises(ValueError, match="a folder without weights"):
         visionhybrid.load(tmp_path)

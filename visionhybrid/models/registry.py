@@ -59,6 +59,8 @@ class Weights:
     published: Mapping[str, Any] = field(default_factory=dict)
 
 
+VISIBLE = ("num_classes", "in_chans", "deployed")  # options that every system reads from keys and shapes
+
 SYSTEMS: dict[str, System] = {}
 SYSTEM_OF: dict[str, str] = {}  # registered name -> system name
 VARIANTS: dict[str, dict[str, Any]] = {}  # registered name -> keywords of its system's `build`
@@ -146,7 +148,7 @@ def made_with(model: nn.Module) -> dict[str, Any]:
 
 def names_of(system: System, options: Mapping[str, Any]) -> list[str]:
     """Registered names whose architecture `options` describe: same keywords but for classes, channels and training rates."""
-    free = {"num_classes", "in_chans", "global_pool", "deployed", "device", "dtype"}
+    free = {*VISIBLE, "global_pool", "device", "dtype"}
     defaults = {name: p.default for name, p in inspect.signature(system.build).parameters.items()}
 
     def plain(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -100,7 +100,11 @@ def _guess(head: bytes) -> str:
 
 
 def _read_folder(path: Path, key: str | None) -> Opened:
-    folder = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    # A checkpoint directory, RUN/checkpoints/step_N, is described by the config of its run.
+    config = next(
+        (f for f in (path / "config.json", path.parent.parent / "config.json") if f.is_file()), None
+    )
+    folder = _read_json(config) if config else {}
     candidates = [path / name for name in WEIGHT_FILES]
     steps = [path, *sorted((path / "checkpoints").glob("step_*"), reverse=True)]
     if key in ("ema", "model"):

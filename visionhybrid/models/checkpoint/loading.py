@@ -81,7 +81,7 @@ def find(
         if name is not None and name not in registry.SYSTEMS:
             raise ValueError(f"no system {name!r}; have {', '.join(sorted(registry.SYSTEMS))}")
         state, removed, owner = _identify(state, prefix, registry.SYSTEMS[name] if name else None)
-        recorded = _recorded(opened.metadata)
+        recorded = _recorded(opened)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return Found(where, opened, unwrapped, state, removed, owner, recorded)
@@ -133,16 +133,22 @@ def _some(names: Iterable[str], count: int = 4) -> str:
     return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")
 
 
-def _recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
+def _recorded(opened: files.Opened) -> dict[str, Any]:
+    """Options written down beside the weights: by `save`, in a run's config, or in a timm hub folder's."""
     try:
-        recorded = json.loads(metadata.get("options", "{}"))
+        recorded = json.loads(opened.metadata.get("options", "{}"))
     except ValueError as error:
         raise ValueError(f"metadata 'options' is not JSON: {error}") from error
     if not isinstance(recorded, dict):
         raise ValueError("metadata 'options' is not a JSON object")
-    return {
-        name: value for name, value in recorded.items() if name != "deployed"
-    }  # that one shows in the keys
+    run = opened.folder.get("model")  # config.json of a run: model.name, model.options
+    name, extra = opened.folder.get("architecture"), opened.folder.get("model_args")
+    if isinstance(run, dict):
+        name, extra = run.get("name"), run.get("options")
+    if not recorded and name in registry.VARIANTS:
+        recorded = {**registry.VARIANTS[name], **(extra or {})}
+    # These show in keys and shapes, and may have changed since.
+    return {k: v for k, v in recorded.items() if k not in registry.VISIBLE}
 
 
 def unknown_architecture(found: Found) -> ValueError:

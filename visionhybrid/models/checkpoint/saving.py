@@ -105,25 +105,17 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 def describe(model: nn.Module, options: Mapping[str, Any] | None = None) -> tuple[System, dict[str, Any]]:
     """The system of `model` and the options that build it as it is now.
 
-    Shapes give most options. Those that a model was made with and that no shape shows are kept where the shapes stay the
-    same with them; so a head that was replaced later does not bring the old number of classes back.
+    Keys and shapes give most options; what a model was made with by `timm.create_model` or `load` gives the others.
+
+    Raises:
+        ValueError: no system recognises the model, or no options build it as it is (layers were removed or replaced).
     """
     found = loading.find(model.state_dict())
-    if found.system is None:
-        raise loading.unknown_architecture(found)
-    chosen = loading.keywords(found, options or {})
-    shapes = _shapes(found.system.convert(found.state))
-    for name, value in {**registry.made_with(model), **(options or {})}.items():
-        if chosen.get(name, value) == value and name in chosen:
-            continue
-        candidate = {**chosen, name: value}
-        if _shapes(loading.build(found.system, candidate, "meta").state_dict()) == shapes:
-            chosen = candidate
+    made_with = {k: v for k, v in registry.made_with(model).items() if k not in registry.VISIBLE}
+    chosen = loading.keywords(found, {**made_with, **(options or {})})
+    assert found.system is not None  # else `keywords` raised
+    loading.fit(found, loading.build(found.system, chosen, "meta"))
     return found.system, chosen
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in state.items()}
 
 
 @dataclass(frozen=True)
