@@ -1,6 +1,6 @@
 """The CPU path of the sparse branch: each query block gathers its critical key blocks and attends densely.
 
-Query blocks go in chunks of at most `BUDGET` scores, so memory does not grow with the length. The backward recomputes the
+Heads and query blocks go in chunks of at most `BUDGET` scores, so temporaries do not grow with the length. The backward recomputes the
 probabilities from the log-sum-exp and adds key-block gradients back through the lookup table.
 """
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BUDGET = 2_000_000  # scores alive at a time; 8 MB in float32
+BUDGET = 1_000_000  # scores alive at a time; 4 MB in float32
 
 
 def unsupported(*args: object, **kwargs: object) -> str | None:
@@ -27,13 +27,31 @@ def _blocked(x: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Chunk:
+    heads: slice  # of B * heads
     rows: slice  # of query blocks
-    blocks: Tensor  # (B * heads * rows * t) indices into key blocks of all heads, flattened
-    hidden: Tensor | None  # (B * heads, rows, block_q or 1, t * block_k) True where a key must not be seen
+    blocks: Tensor  # (heads, rows, t) key blocks, counted through the heads of the chunk
+    hidden: Tensor | None  # (heads, rows, block_q or 1, t * block_k) True where a key must not be seen
+
+    def take(self, blocked: Tensor) -> Tensor:
+        """(B * heads, N, block, D) -> (heads, rows, t * block, D), float32 or wider."""
+        picked = blocked[self.heads].flatten(0, 1).index_select(0, self.blocks.flatten())
+        return _wide(picked.view(*self.blocks.shape[:2], -1, blocked.shape[-1]))
+
+    def add(self, total: Tensor, part: Tensor) -> None:
+        """Add (heads, rows, t * block, D) onto the blocks (B * heads, N, block, D) it was taken from.
+
+        A sum of rows per bag of indices: `index_add_` does the same one element at a time.
+        """
+        target = total[self.heads]
+        order = self.blocks.flatten().argsort()
+        bags = torch.arange(target.shape[0] * target.shape[1], device=order.device)
+        offsets = torch.searchsorted(self.blocks.flatten()[order], bags)
+        rows = part.reshape(len(order), -1)
+        target += F.embedding_bag(order, rows, offsets, mode="sum").view_as(target)
 
 
 class _Sparse:
-    """The geometry of one call, and its chunks."""
+    """The geometry of one call, and its chunks: some heads whole, or some rows of one head."""
 
     def __init__(
         self, q: Tensor, k: Tensor, lut: Tensor, mask: Tensor | None, block_q: int, block_k: int
@@ -48,40 +66,40 @@ class _Sparse:
             pad = (0, -mask.shape[2] % block_k, 0, -mask.shape[1] % block_q if wide else 0)
             mask = F.pad(mask, pad).unflatten(2, (-1, block_k)).unflatten(1, (-1, block_q if wide else 1))
             self.mask = mask.transpose(2, 3)  # (B or 1, M or 1, N, block_q or 1, block_k)
-        scores = self.lut.shape[0] * block_q * self.lut.shape[2] * block_k
-        self.step = max(1, BUDGET // max(scores, 1))
+        row = block_q * self.lut.shape[2] * block_k
+        self.step_rows = max(1, BUDGET // max(row, 1))
+        self.step_heads = max(1, self.step_rows // self.lut.shape[1])
 
     def chunks(self) -> Iterator[_Chunk]:
-        head = torch.arange(self.lut.shape[0], device=self.lut.device)[:, None, None]
-        for start in range(0, self.lut.shape[1], self.step):
-            rows = slice(start, min(start + self.step, self.lut.shape[1]))
-            lut = self.lut[:, rows]
-            safe = lut.clamp(min=0)
-            hidden = None
-            if self.ragged:
-                key = safe[..., None] * self.block_k + torch.arange(self.block_k, device=lut.device)
-                hidden = ((lut < 0)[..., None] | (key >= self.length_k)).flatten(2)[:, :, None]
-            if self.mask is not None:
-                seen = self._seen(safe, rows)
-                hidden = ~seen if hidden is None else hidden | ~seen
-            yield _Chunk(rows, (head * self.n + safe).flatten(), hidden)
+        total, m, _ = self.lut.shape
+        for head in range(0, total, self.step_heads):
+            heads = slice(head, min(head + self.step_heads, total))
+            for row in range(0, m, self.step_rows):
+                yield self._chunk(heads, slice(row, min(row + self.step_rows, m)))
 
-    def _seen(self, lut: Tensor, rows: slice) -> Tensor:
-        """(B * heads, rows, block_q or 1, t * block_k) of the token mask, gathered as the keys are."""
+    def _chunk(self, heads: slice, rows: slice) -> _Chunk:
+        lut = self.lut[heads, rows]
+        safe = lut.clamp(min=0)
+        hidden = None
+        if self.ragged:
+            key = safe[..., None] * self.block_k + torch.arange(self.block_k, device=lut.device)
+            hidden = ((lut < 0)[..., None] | (key >= self.length_k)).flatten(2)[:, :, None]
+        if self.mask is not None:
+            seen = self._seen(safe, heads, rows)
+            hidden = ~seen if hidden is None else hidden | ~seen
+        first = torch.arange(len(lut), device=lut.device)[:, None, None] * self.n
+        return _Chunk(heads, rows, first + safe, hidden)
+
+    def _seen(self, lut: Tensor, heads: slice, rows: slice) -> Tensor:
+        """(heads, rows, block_q or 1, t * block_k) of the token mask, gathered as the keys are."""
         m = torch.arange(rows.start, rows.stop, device=lut.device)[None, :, None]
-        b = torch.arange(lut.shape[0], device=lut.device)[:, None, None] // self.heads
+        b = torch.arange(heads.start, heads.stop, device=lut.device)[:, None, None] // self.heads
         mask = self.mask[b if len(self.mask) > 1 else 0, m if self.mask.shape[1] > 1 else 0, lut]
         return mask.movedim(2, 3).flatten(3)
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _take(blocks: Tensor, chunk: _Chunk) -> Tensor:
-    """(B * heads, N, block, D) -> (B * heads, rows, t * block, D)."""
-    picked = blocks.flatten(0, 1).index_select(0, chunk.blocks)
-    return picked.view(blocks.shape[0], chunk.rows.stop - chunk.rows.start, -1, blocks.shape[-1])
 
 
 def forward(
@@ -100,15 +118,15 @@ def forward(
     out = v.new_empty(*qb.shape[:3], v.shape[-1])
     lse = qb.new_empty(qb.shape[:3], dtype=_wide(q[:0]).dtype)
     for chunk in plan.chunks():
-        p = (_wide(qb[:, chunk.rows]) * scale) @ _wide(_take(kb, chunk)).mT
+        p = (_wide(qb[chunk.heads, chunk.rows]) * scale) @ chunk.take(kb).mT
         if chunk.hidden is not None:
             p.masked_fill_(chunk.hidden, float("-inf"))
         top = p.amax(-1, keepdim=True)
         if chunk.hidden is not None:
             top.masked_fill_(top == float("-inf"), 0.0)
         total = p.sub_(top).exp_().sum(-1, keepdim=True)
-        out[:, chunk.rows] = (p @ _wide(_take(vb, chunk))) / total.clamp(min=torch.finfo(p.dtype).tiny)
-        lse[:, chunk.rows] = (top + total.log()).squeeze(-1)
+        out[chunk.heads, chunk.rows] = (p @ chunk.take(vb)) / total.clamp(min=torch.finfo(p.dtype).tiny)
+        lse[chunk.heads, chunk.rows] = (top + total.log()).squeeze(-1)
     shape = (plan.batch, plan.heads)
     return (
         out.flatten(1, 2)[:, : q.shape[2]].unflatten(0, shape).contiguous(),
@@ -137,16 +155,16 @@ def backward(
     dq = torch.empty_like(qb)
     dk, dv = torch.zeros_like(kb, dtype=lse.dtype), torch.zeros_like(vb, dtype=lse.dtype)
     for chunk in plan.chunks():
-        q_rows, g_rows = _wide(qb[:, chunk.rows]) * scale, _wide(gb[:, chunk.rows])
-        keys = _wide(_take(kb, chunk))
+        q_rows, g_rows = _wide(qb[chunk.heads, chunk.rows]) * scale, _wide(gb[chunk.heads, chunk.rows])
+        keys = chunk.take(kb)
         p = q_rows @ keys.mT
         if chunk.hidden is not None:
             p.masked_fill_(chunk.hidden, float("-inf"))
-        p.sub_(lseb[:, chunk.rows]).exp_()
-        ds = (g_rows @ _wide(_take(vb, chunk)).mT).sub_(delta[:, chunk.rows]).mul_(p)
-        dq[:, chunk.rows] = (ds @ keys) * scale
-        for total, part in ((dk, ds.mT @ q_rows), (dv, p.mT @ g_rows)):
-            total.flatten(0, 1).index_add_(0, chunk.blocks, part.view(-1, plan.block_k, part.shape[-1]))
+        p.sub_(lseb[chunk.heads, chunk.rows]).exp_()
+        ds = (g_rows @ chunk.take(vb).mT).sub_(delta[chunk.heads, chunk.rows]).mul_(p)
+        dq[chunk.heads, chunk.rows] = (ds @ keys) * scale
+        chunk.add(dk, ds.mT @ q_rows)
+        chunk.add(dv, p.mT @ g_rows)
     shape = (plan.batch, plan.heads)
     return tuple(
         x.flatten(1, 2)[:, : like.shape[2]].unflatten(0, shape).to(like.dtype).contiguous()
