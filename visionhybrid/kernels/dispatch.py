@@ -1,0 +1,64 @@
+"""The one place that chooses a backend.
+
+An operator is a folder `kernels/<op>/` whose `__init__.py` has the public function and `BACKENDS`: name -> module, slowest
+first. A backend module has `unsupported(*args)`, the reason it cannot run this call or None, and `forward(*args)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+# Read once: a lookup at every call would break `torch.compile(fullgraph=True)`.
+PREFERRED = os.environ.get("VISIONHYBRID_BACKEND", "auto")
+
+
+def pick(op: str, backends: Mapping[str, ModuleType], backend: str, args: tuple[Any, ...]) -> ModuleType:
+    """The module that runs `op(*args)`.
+
+    `backend="auto"` means `VISIONHYBRID_BACKEND` if that is set, else the last of `backends` that can run this call, never the
+    reference. A named backend is taken or raises.
+
+    Raises:
+        ValueError: no such backend, or it cannot run this call; the message says why.
+    """
+    wanted = PREFERRED if backend == "auto" else backend
+    if wanted != "auto":
+        if wanted not in backends:
+            raise ValueError(f"{op}: no backend {wanted!r} here; have {', '.join(backends)}")
+        reason = backends[wanted].unsupported(*args)
+        if reason is not None:
+            raise ValueError(f"{op}: backend {wanted!r} cannot run this call: {reason}")
+        return backends[wanted]
+    for name in reversed(list(backends)):
+        if name != "reference" and backends[name].unsupported(*args) is None:
+            return backends[name]
+    raise ValueError(f"{op}: no backend can run this call; {explain(backends, args)}")
+
+
+def explain(backends: Mapping[str, ModuleType], args: tuple[Any, ...]) -> dict[str, str]:
+    """Backend name -> "chosen", "can run", or the reason it cannot run `args`."""
+    reasons = {name: module.unsupported(*args) for name, module in backends.items()}
+    able = [name for name, reason in reasons.items() if reason is None and name != "reference"]
+    said = {name: reason or "can run" for name, reason in reasons.items()}
+    if PREFERRED in able:
+        said[PREFERRED] = "chosen"
+    elif PREFERRED == "auto" and able:
+        said[able[-1]] = "chosen"
+    return said
+
+
+def why(op: str, *args: Any, **kwargs: Any) -> dict[str, str]:
+    """What `visionhybrid.kernels.<op>(*args, **kwargs)` would run here: backend -> "chosen", "can run" or a reason.
+
+    Raises:
+        ValueError: there is no such operator, or the arguments are wrong for it.
+    """
+    try:
+        module = importlib.import_module(f"{__package__}.{op}")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"why: no operator {op!r} in visionhybrid.kernels") from error
+    return explain(module.BACKENDS, module.arguments(*args, **kwargs))
