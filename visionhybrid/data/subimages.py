@@ -8,11 +8,12 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from visionhybrid.data.errors import CorruptSample
-from visionhybrid.data.images import ImageError, encode_image, read_image, replace
+from visionhybrid.data.images import ImageError, encode_image, read_image
 from visionhybrid.data.scan import find_pictures
 
 
