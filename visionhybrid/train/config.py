@@ -162,25 +162,36 @@ class Classification(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """Low- and high-resolution pictures."""
+    """Low-quality pictures and their ground truth."""
 
+    # "samples": the built-in photographs; "folder": good pictures, degraded on the fly; "pairs": two folders
     source: Literal["samples", "folder", "pairs"] = "folder"
-    high: str = ""  # folder of high-resolution pictures
-    low: str = ""  # source "pairs": folder with their low-resolution partners
-    held_out_high: str = ""
-    held_out_low: str = ""  # empty: made from held_out_high by bicubic
+    high: str = ""  # folder of good pictures
+    low: str = ""  # pairs: folder of their low-quality partners
+    names: str = ""  # file that lists the pictures of `high` to use, one a line
+    degradation: Literal["bicubic", "noise", "jpeg", "second_order"] = "bicubic"
+    strength: tuple[
+        float, ...
+    ] = ()  # noise: sigma or its range, in 8-bit levels; jpeg: the qualities to choose from
+    truth: Literal["plain", "sharp"] = "plain"  # second_order: "sharp" trains towards unsharp-masked pictures
+    held_out_high: str = ""  # empty: no validation (folder, pairs)
+    held_out_low: str = ""  # empty: made from held_out_high
+    held_out_crop: int | None = None  # validate on the central crop of so many low-quality pixels a side
     scale: int = 4
-    patch: int = 64  # side of the low-resolution patch
-    enlarge: bool = False  # pictures smaller than the patch are enlarged instead of refused
+    channels: Literal[1, 3] = 3
+    patch: int = 64  # side of the low-quality patch
+    orient: Literal["all", "flip", "none"] = "all"
+    enlarge: bool = False  # pictures smaller than the patch are enlarged instead of skipped
     repeat: int = 1  # patches taken from a picture in one epoch
+    cache_mb: int = 0  # decoded pictures kept in memory, in each loading process
 
 
 @dataclass(frozen=True, kw_only=True)
 class Restoration(Config):
     data: Pictures = Pictures()
     loss: Literal["l1", "mse", "charbonnier"] = "l1"
-    tile: int | None = None  # validation of large pictures in tiles of this many input pixels
-    luma: bool = True  # PSNR and SSIM on Y; False: on RGB
+    tile: int | None = None  # validation in tiles of this many input pixels; None: whole where memory allows
+    space: Literal["y", "rgb"] = "y"  # of PSNR and SSIM
 
     task: ClassVar[str] = "restoration"
     entry: ClassVar[str] = "visionhybrid.train.restore:Restore"
@@ -264,10 +275,11 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         origin, args = get_origin(hint), get_args(hint)
     try:
         if origin is Literal:
-            if text not in args:
-                near = difflib.get_close_matches(text, args, 1)
+            choices = {str(choice): choice for choice in args}
+            if text not in choices:
+                near = difflib.get_close_matches(text, choices, 1)
                 raise ValueError(f"; did you mean {near[0]!r}?" if near else "")
-            return text
+            return choices[text]
         if origin is tuple:
             parts = [p.strip() for p in text.strip("[]()").split(",")]
             return tuple(_parse(p, args[0], key) for p in parts if p)

@@ -327,7 +327,7 @@ class Trainer:
         self.log.scalars(
             "validation", self.step, {"epoch": epoch, **self.metrics, "seconds": round(self.seconds, 1)}
         )
-        value = self.metrics[self.task.metric]
+        value = self.metrics.get(self.task.metric, math.nan)  # nothing is held out: no best either
         if not math.isfinite(value):
             return False
         sign = 1 if self.task.higher_is_better else -1
