@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import secrets
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ _LAYOUT = frozenset(
 _LAYOUT |= frozenset([*range(512, 533), 700, 33723, 34377, 34675])
 _DAMAGE = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, KeyError, IndexError, OverflowError, AttributeError,
-    AssertionError, struct.error, zlib.error, ZeroDivisionError, NotImplementedError, RuntimeError,
+    AssertionError, struct.error, zlib.error, ZeroDivisionError, NotImplementedError, RuntimeError, Warning,
 )  # fmt: skip
 
 
@@ -114,8 +115,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 @contextmanager
 def _opened(path: str | Path) -> Iterator[BinaryIO]:
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on damaged metadata
+        with open(path, "rb") as file, _quiet():
             if not os.fstat(file.fileno()).st_size:
                 raise ImageError(path, "the file is empty")
             yield file
@@ -132,6 +132,17 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
         raise ImageError(
             path, error.strerror if known else f"truncated or damaged: {_one_line(error)}"
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Pillow's remarks on damaged metadata; in the main thread only, since warning filters are the process's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _open(file: BinaryIO) -> Image.Image:

@@ -51,6 +51,7 @@ class Engine:
         self.tile, self.overlap, self.self_ensemble = tile, overlap, self_ensemble
         weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, device=device))
         self.device, self.weight_dtype = weight.device, weight.dtype
+        self._per_pixel: float | None = None  # bytes; measured once, when first needed
         self.autocast = dtype if dtype != torch.float32 and dtype != weight.dtype else None
 
     def picture(self, picture: Picture, advance: Callable[[float], object] = _ignore) -> Picture:
@@ -94,7 +95,7 @@ class Engine:
         return torch.cat(results, 1) if len(results) > 1 else results[0], alpha
 
     def _run(self, x: Tensor, advance) -> Tensor:
-        tile = self.tile or memory.largest_tile(self._forward, x, self.scale, self.multiple_of, self.device)
+        tile = self.tile or self._automatic_tile(x)
         overlap = min(OVERLAP if self.overlap is None else self.overlap, tile // 2)
         fn = _eightfold(self._forward) if self.self_ensemble else self._forward
         return tiled(
@@ -106,6 +107,14 @@ class Engine:
             multiple_of=self.multiple_of,
             progress=advance,
         )
+
+    def _automatic_tile(self, x: Tensor) -> int:
+        height, width = x.shape[-2:]
+        if len(x) * height * width <= (2 * memory.PROBE) ** 2:  # not worth a probe
+            return -(-max(height, width) // self.multiple_of) * self.multiple_of
+        if self._per_pixel is None:
+            self._per_pixel = memory.bytes_per_pixel(self._forward, x, self.multiple_of, self.device)
+        return memory.largest_tile(self._per_pixel, x, self.scale, self.multiple_of, self.device)
 
     def _forward(self, x: Tensor) -> Tensor:
         """One window, (B, C, h, w) float32 on the CPU -> (B, C, h * scale, w * scale) likewise."""
