@@ -152,11 +152,11 @@ def test_operators_are_registered_whole():
 
 
 def test_small_chunks_change_nothing(monkeypatch):
-    from visionhybrid.kernels.neighborhood_attention import eager
+    from visionhybrid.kernels.neighborhood_attention import tiled
 
     q, k, v = (torch.randn(2, 2, 40, 30, 8) for _ in range(3))
     want = neighborhood_attention(q, k, v, kernel_size=5)
-    monkeypatch.setattr(eager, "BUDGET", 1)
+    monkeypatch.setattr(tiled, "BUDGET", 1)
     close(neighborhood_attention(q, k, v, kernel_size=5), want, 1e-6)
 
 

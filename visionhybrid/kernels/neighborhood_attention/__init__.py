@@ -10,13 +10,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
-from visionhybrid.kernels.neighborhood_attention import ops, reference
+from visionhybrid.kernels.dispatch import pick
+from visionhybrid.kernels.neighborhood_attention import eager, reference
+from visionhybrid.kernels.precision import autocast
 
 Ints = int | Sequence[int]
-BACKENDS = ("reference", "eager")
+BACKENDS = {"reference": reference, "eager": eager}
+
+
+def arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kernel_size: Ints,
+    dilation: Ints = 1,
+    stride: Ints = 1,
+    causal: bool | Sequence[bool] = False,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    """The checked, complete arguments that every backend takes."""
+    op = "neighborhood_attention"
+    q, k, v = autocast(q, k, v)
+    n = _check(op, q=q, k=k, v=v)
+    kernel, dil = _sizes(op, "kernel_size", kernel_size, n), _sizes(op, "dilation", dilation, n)
+    steps = _sizes(op, "stride", stride, n)
+    flags = [int(c) for c in ([causal] * n if isinstance(causal, bool) else causal)]
+    if len(flags) != n:
+        raise ValueError(f"{op}: causal needs {n} values, one per axis, got {len(flags)}")
+    if any(s > size for s, size in zip(steps, kernel, strict=True)):
+        raise ValueError(f"{op}: stride must not exceed kernel_size {kernel}, got {steps}")
+    _check_rpb(op, rpb, q, kernel)
+    return q, k, v, rpb, kernel, dil, steps, flags, q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
 def neighborhood_attention(
@@ -47,22 +77,18 @@ def neighborhood_attention(
     Returns: (B, heads, *spatial, E) in the dtype of v.
     Raises: ValueError naming the argument, its value and what is expected.
     """
-    n = _check("neighborhood_attention", q=q, k=k, v=v)
-    kernel, dil = _sizes("kernel_size", kernel_size, n), _sizes("dilation", dilation, n)
-    steps = _sizes("stride", stride, n)
-    flags = [int(c) for c in ([causal] * n if isinstance(causal, bool) else causal)]
-    if len(flags) != n:
-        raise ValueError(f"neighborhood_attention: causal needs {n} values, one per axis, got {len(flags)}")
-    if any(s > size for s, size in zip(steps, kernel, strict=True)):
-        raise ValueError(f"neighborhood_attention: stride must not exceed kernel_size {kernel}, got {steps}")
-    _check_rpb("neighborhood_attention", rpb, q, kernel)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if _pick(backend) == "reference":
-        out, lse = reference.forward(
-            q, k, v, rpb, ops.axes_of(q.shape[2:-1], kernel, dil, steps, flags), scale
-        )
-        return (out, lse) if return_lse else out
-    out, lse = ops.attention_op(q, k, v, rpb, kernel, dil, steps, flags, scale)
+    args = arguments(
+        q,
+        k,
+        v,
+        kernel_size=kernel_size,
+        dilation=dilation,
+        stride=stride,
+        causal=causal,
+        rpb=rpb,
+        scale=scale,
+    )
+    out, lse = pick("neighborhood_attention", BACKENDS, backend, args).forward(*args)
     return (out, lse) if return_lse else out
 
 
@@ -81,14 +107,13 @@ def neighborhood_scores(
     Returns: (B, heads, *spatial, slots) in the dtype of q, slots = product of `kernel_size` in row-major window order;
         -inf in a slot without a key, which occurs only on an axis shorter than `kernel_size * dilation`.
     """
-    n = _check("neighborhood_scores", q=q, k=k)
-    kernel, dil = _sizes("kernel_size", kernel_size, n), _sizes("dilation", dilation, n)
-    _check_rpb("neighborhood_scores", rpb, q, kernel)
-    if _pick(backend) == "reference":
-        return reference.scores(
-            q, k, rpb, ops.axes_of(q.shape[2:-1], kernel, dil, [1] * n, [0] * n), float(scale)
-        )
-    return ops.scores_op(q, k, rpb, kernel, dil, float(scale))
+    op = "neighborhood_scores"
+    q, k = autocast(q, k)
+    n = _check(op, q=q, k=k)
+    kernel, dil = _sizes(op, "kernel_size", kernel_size, n), _sizes(op, "dilation", dilation, n)
+    _check_rpb(op, rpb, q, kernel)
+    args = (q, k, rpb, kernel, dil, float(scale))
+    return pick(op, BACKENDS, backend, args).scores(*args)
 
 
 def neighborhood_aggregate(
@@ -101,20 +126,14 @@ def neighborhood_aggregate(
         v: (B, heads, *spatial, E).
     Returns: (B, heads, *spatial, E) in the dtype of v.
     """
-    n = _check("neighborhood_aggregate", v=v)
-    kernel, dil = _sizes("kernel_size", kernel_size, n), _sizes("dilation", dilation, n)
+    op = "neighborhood_aggregate"
+    n = _check(op, v=v)
+    kernel, dil = _sizes(op, "kernel_size", kernel_size, n), _sizes(op, "dilation", dilation, n)
     wanted = (*v.shape[:-1], prod(kernel))
     if tuple(weights.shape) != wanted:
-        raise ValueError(f"neighborhood_aggregate: weights must be {wanted}, got {tuple(weights.shape)}")
-    if _pick(backend) == "reference":
-        return reference.aggregate(weights, v, ops.axes_of(v.shape[2:-1], kernel, dil, [1] * n, [0] * n))
-    return ops.aggregate_op(weights, v, kernel, dil)
-
-
-def _pick(backend: str) -> str:
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"no backend {backend!r} here; have {', '.join(BACKENDS)}")
-    return "eager" if backend == "auto" else backend
+        raise ValueError(f"{op}: weights must be {wanted}, got {tuple(weights.shape)}")
+    args = (weights, v, kernel, dil)
+    return pick(op, BACKENDS, backend, args).aggregate(*args)
 
 
 def _check(op: str, **maps: Tensor) -> int:
@@ -136,10 +155,10 @@ def _check(op: str, **maps: Tensor) -> int:
     return n
 
 
-def _sizes(name: str, value: Ints, n: int) -> list[int]:
+def _sizes(op: str, name: str, value: Ints, n: int) -> list[int]:
     sizes = [value] * n if isinstance(value, int) else [int(v) for v in value]
     if len(sizes) != n or min(sizes) < 1:
-        raise ValueError(f"neighborhood attention: {name} needs {n} positive integers, got {value}")
+        raise ValueError(f"{op}: {name} needs {n} positive integers, got {value}")
     return sizes
 
 

@@ -14,6 +14,7 @@ strides and causal axes NATTEN 0.20 and later ("generalised neighbourhood attent
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -30,6 +31,19 @@ class Axis:
     dilation: int = 1
     stride: int = 1
     causal: bool = False
+
+
+def axes_of(
+    spatial: Sequence[int],
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    stride: Sequence[int] | None = None,
+    causal: Sequence[int] | None = None,
+) -> tuple[Axis, ...]:
+    """One `Axis` per spatial side of a map."""
+    ones, zeros = [1] * len(spatial), [0] * len(spatial)
+    options = zip(spatial, kernel_size, dilation, stride or ones, causal or zeros, strict=True)
+    return tuple(Axis(int(n), k, d, s, bool(c)) for n, k, d, s, c in options)
 
 
 @dataclass(frozen=True)

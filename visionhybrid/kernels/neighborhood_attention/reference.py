@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from visionhybrid.kernels.neighborhood_attention.geometry import Axis, windows
+from visionhybrid.kernels.neighborhood_attention.geometry import Axis, axes_of, windows
 
 
-def unsupported(*args: object, **kwargs: object) -> str | None:
+def unsupported(*args: object) -> str | None:
     return None
 
 
@@ -52,20 +52,44 @@ def table_index(axes: Sequence[Axis], device: torch.device | str = "cpu") -> Ten
     return _outer(rows, torch.add)
 
 
-def scores(q: Tensor, k: Tensor, rpb: Tensor | None, axes: Sequence[Axis], scale: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, rpb: Tensor | None, axes: Sequence[Axis], scale: float) -> Tensor:
     out = torch.einsum("bh...d,bh...sd->bh...s", q.double() * scale, _neighbours(k.double(), axes))
     if rpb is not None:
         out = out + rpb.double().flatten(1)[:, table_index(axes, q.device)]
     return out.masked_fill(~allowed(axes, q.device), float("-inf"))
 
 
-def aggregate(weights: Tensor, v: Tensor, axes: Sequence[Axis]) -> Tensor:
+def _aggregate(weights: Tensor, v: Tensor, axes: Sequence[Axis]) -> Tensor:
     weights = weights.double().masked_fill(~allowed(axes, v.device), 0.0)
     return torch.einsum("bh...s,bh...sd->bh...d", weights, _neighbours(v.double(), axes))
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, axes: Sequence[Axis], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    stride: Sequence[int],
+    causal: Sequence[int],
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    logits = scores(q, k, rpb, axes, scale)
-    return aggregate(logits.softmax(-1), v, axes), logits.logsumexp(-1)
+    axes = axes_of(q.shape[2:-1], kernel_size, dilation, stride, causal)
+    logits = _scores(q, k, rpb, axes, scale)
+    return _aggregate(logits.softmax(-1), v, axes), logits.logsumexp(-1)
+
+
+def scores(
+    q: Tensor,
+    k: Tensor,
+    rpb: Tensor | None,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+) -> Tensor:
+    return _scores(q, k, rpb, axes_of(q.shape[2:-1], kernel_size, dilation), scale)
+
+
+def aggregate(weights: Tensor, v: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    return _aggregate(weights, v, axes_of(v.shape[2:-1], kernel_size, dilation))

@@ -9,18 +9,20 @@ lengths may differ, a key padding mask, states in float32.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from visionhybrid.kernels.sparse_linear_attention import linear, ops, reference
+from visionhybrid.kernels.dispatch import pick
+from visionhybrid.kernels.precision import autocast
+from visionhybrid.kernels.sparse_linear_attention import eager, linear, reference
 from visionhybrid.kernels.sparse_linear_attention.blocks import block_scores, blocks_of, classify
 
 __all__ = ["SparseLinear", "block_scores", "blocks_of", "classify", "sparse_linear_attention"]
 
 VARIANTS = ("main", "v1", "paper", "sparse")
-BACKENDS = ("reference", "eager")
+BACKENDS = {"reference": reference, "eager": eager}
 
 
 class SparseLinear(NamedTuple):
@@ -29,6 +31,45 @@ class SparseLinear(NamedTuple):
     sparse: Tensor  # (B, heads, Lq, E)
     linear: Tensor | None  # (B, heads, Lq, E); None for the variant "sparse"
     block_map: Tensor  # (B, heads, M, N) int8: 1 critical, 0 marginal, -1 negligible
+
+
+def arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    topk: float = 0.1,
+    negligible: float = 0.1,
+    variant: str = "main",
+    feature_map: str = "softmax",
+    block_q: int = 64,
+    block_k: int = 64,
+    block_map: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    """The checked, complete arguments that every backend takes; blocks are chosen here, without gradient."""
+    q, k, v = autocast(q, k, v)
+    _check(q, k, v, topk, negligible, variant, feature_map, block_q, block_k, key_mask, mask)
+    m, n = -(-q.shape[2] // block_q), -(-k.shape[2] // block_k)
+    width = 0
+    if block_map is None:
+        with torch.no_grad():
+            scores = block_scores(q, k, block_q, block_k, key_mask)
+            block_map = classify(scores, topk, negligible if variant == "paper" else 0.0)
+        width = min(n, max(1, int(topk * n)))
+    else:
+        sizes = [(q.shape[0], 1), (q.shape[1], 1), (m,), (n,)]
+        if block_map.ndim != 4 or any(s not in ok for s, ok in zip(block_map.shape, sizes, strict=True)):
+            wanted = (q.shape[0], q.shape[1], m, n)
+            raise ValueError(
+                f"sparse_linear_attention: block_map must broadcast to {wanted}, got {tuple(block_map.shape)}"
+            )
+        block_map = block_map.to(torch.int8).expand(q.shape[0], q.shape[1], m, n)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    see = _token_mask(key_mask, mask)
+    return q, k, v, block_map, width, key_mask, see, block_q, block_k, feature_map, variant, scale
 
 
 def sparse_linear_attention(
@@ -67,31 +108,22 @@ def sparse_linear_attention(
     Returns: `SparseLinear`; a query that sees no key gets zero in that branch.
     Raises: ValueError naming the argument, its value and what is expected.
     """
-    _check(q, k, v, topk, negligible, variant, feature_map, block_q, block_k, key_mask, mask, backend)
-    m, n = -(-q.shape[2] // block_q), -(-k.shape[2] // block_k)
-    width = 0
-    if block_map is None:
-        with torch.no_grad():
-            scores = block_scores(q, k, block_q, block_k, key_mask)
-            block_map = classify(scores, topk, negligible if variant == "paper" else 0.0)
-        width = min(n, max(1, int(topk * n)))
-    else:
-        sizes = [(q.shape[0], 1), (q.shape[1], 1), (m,), (n,)]
-        if block_map.ndim != 4 or any(s not in ok for s, ok in zip(block_map.shape, sizes, strict=True)):
-            wanted = (q.shape[0], q.shape[1], m, n)
-            raise ValueError(
-                f"sparse_linear_attention: block_map must broadcast to {wanted}, got {tuple(block_map.shape)}"
-            )
-        block_map = block_map.to(torch.int8).expand(q.shape[0], q.shape[1], m, n)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    see = _token_mask(key_mask, mask)
-    options = (block_map, key_mask, block_q, block_k, feature_map, variant)
-    if backend == "reference":
-        out = reference.sparse(q, k, v, block_map, see, block_q, block_k, scale)
-        part = None if variant == "sparse" else reference.linear(q, k, v, *options)
-        return SparseLinear(out, part, block_map)
-    out, _ = ops.sparse_op(q, k, v, ops.lookup_op(block_map, width), see, block_q, block_k, scale)
-    return SparseLinear(out, None if variant == "sparse" else linear.forward(q, k, v, *options), block_map)
+    args = arguments(
+        q,
+        k,
+        v,
+        topk=topk,
+        negligible=negligible,
+        variant=variant,
+        feature_map=feature_map,
+        block_q=block_q,
+        block_k=block_k,
+        block_map=block_map,
+        key_mask=key_mask,
+        mask=mask,
+        scale=scale,
+    )
+    return SparseLinear(*pick("sparse_linear_attention", BACKENDS, backend, args).forward(*args), args[3])
 
 
 def _token_mask(key_mask: Tensor | None, mask: Tensor | None) -> Tensor | None:
@@ -102,7 +134,17 @@ def _token_mask(key_mask: Tensor | None, mask: Tensor | None) -> Tensor | None:
 
 
 def _check(
-    q, k, v, topk, negligible, variant, feature_map, block_q, block_k, key_mask, mask, backend
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk: float,
+    negligible: float,
+    variant: str,
+    feature_map: str,
+    block_q: int,
+    block_k: int,
+    key_mask: Tensor | None,
+    mask: Tensor | None,
 ) -> None:
     op = "sparse_linear_attention"
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -126,8 +168,6 @@ def _check(
     ):
         if value not in choices:
             raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"no backend {backend!r} here; have {', '.join(BACKENDS)}")
     if not 0 < topk <= 1:
         raise ValueError(f"{op}: topk must be a share in (0, 1], got {topk}")
     if not 0 <= negligible < 1:

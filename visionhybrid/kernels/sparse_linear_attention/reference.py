@@ -9,7 +9,7 @@ from visionhybrid.kernels.sparse_linear_attention.blocks import CRITICAL, MARGIN
 from visionhybrid.kernels.sparse_linear_attention.linear import EPS_MAIN, feature
 
 
-def unsupported(*args: object, **kwargs: object) -> str | None:
+def unsupported(*args: object) -> str | None:
     return None
 
 
@@ -19,7 +19,7 @@ def _tokens(block_map: Tensor, q: Tensor, k: Tensor, block_q: int, block_k: int)
     return spread[..., : q.shape[2], : k.shape[2]]
 
 
-def sparse(
+def _sparse(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -37,7 +37,7 @@ def sparse(
     return (q @ k.mT * scale).masked_fill(~see & some, float("-inf")).softmax(-1) * some @ v
 
 
-def linear(
+def _linear(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -58,3 +58,23 @@ def linear(
     if variant == "main":
         return weights @ v / (total + EPS_MAIN)
     return torch.where(total == 0, 0.0, weights @ v / torch.where(total == 0, 1.0, total))
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: Tensor,
+    width: int,
+    key_mask: Tensor | None,
+    mask: Tensor | None,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+    variant: str,
+    scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    out = _sparse(q, k, v, block_map, mask, block_q, block_k, scale)
+    if variant == "sparse":
+        return out, None
+    return out, _linear(q, k, v, block_map, key_mask, block_q, block_k, feature_map, variant)

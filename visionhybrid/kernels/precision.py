@@ -1,0 +1,20 @@
+"""Types of operands: what autocast asks for, and what sums are kept in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's type where it is on for their device, as PyTorch's own matrix products do; else unchanged."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None else t.to(dtype) for t in tensors)
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in the type of sums: float32, or float64 if it is that."""
+    return x if x.dtype == torch.float64 else x.float()
