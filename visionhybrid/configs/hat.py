@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from visionhybrid.train.config import Loop, Model, Optim, Pictures, Restoration, Schedule
+from visionhybrid.train.config import Adversarial, Loop, Model, Optim, Pictures, Restoration, Schedule
 
 
 def hat_x2() -> Restoration:
@@ -189,6 +189,35 @@ def hat_real_x4() -> Restoration:
             orient="flip",
         ),
     )
+
+
+def hat_real_x4_gan() -> Adversarial:
+    """HAT x4 for real pictures, second stage (published weights: Real_HAT_GAN_SRx4): no published number.
+
+    accelerate launch --num_processes 8 -m visionhybrid.train hat_real_x4_gan vgg=FILE
+    Starts from runs/hat_real_x4. `vgg` is torchvision's VGG19 (vgg19-dcbb9e9d.pth), by default the one in torch's hub cache.
+    """
+    base = hat_real_x4()
+    return Adversarial(
+        name="hat_real_x4_gan",
+        model=replace(base.model, start="runs/hat_real_x4"),
+        optim=base.optim,
+        schedule=base.schedule,  # the published milestone is the last step
+        loop=replace(base.loop, steps=400_000),
+        data=replace(base.data, truth="plain"),
+        pixel_weight=1.0,
+        perceptual_weight=1.0,
+        adversarial_weight=0.1,
+        width=64,
+    )
+
+
+def hat_real_x4_gan_sharper() -> Adversarial:
+    """As `hat_real_x4_gan`, towards unsharp-masked pictures (published weights: Real_HAT_GAN_SRx4_sharper).
+
+    accelerate launch --num_processes 8 -m visionhybrid.train hat_real_x4_gan_sharper vgg=FILE
+    """
+    return replace(hat_real_x4_gan(), name="hat_real_x4_gan_sharper", sharp=("pixel", "perceptual"))
 
 
 def hat_samples_x2() -> Restoration:

@@ -16,8 +16,6 @@ from torch import Tensor
 
 SPACES = ("y", "rgb")
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
-# (0.01 * 255) ** 2 and (0.03 * 255) ** 2.
-SSIM_C1, SSIM_C2 = 6.5025, 58.5225
 
 
 def to_luma(image: Tensor) -> Tensor:
@@ -56,13 +54,22 @@ def ssim(restored: Tensor, truth: Tensor, *, crop_border: int = 0, space: str = 
         raise ValueError(
             f"ssim: needs sides of at least {SSIM_WINDOW} after cropping, got {tuple(a.shape[-2:])}"
         )
+    return ssim_map(a, b, peak=255.0).flatten(-3).mean(-1)
+
+
+def ssim_map(a: Tensor, b: Tensor, *, peak: float) -> Tensor:
+    """Structural similarity at each fully covered position: two (..., C, H, W) -> (..., C, H - 10, W - 10).
+
+    Differentiable, in the dtype of its inputs; neither rounds nor checks. `peak`: the largest value of the scale.
+    """
+    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
     mean_a, mean_b = _window_mean(a), _window_mean(b)
     var_a = _window_mean(a * a) - mean_a**2
     var_b = _window_mean(b * b) - mean_b**2
     covariance = _window_mean(a * b) - mean_a * mean_b
-    luminance = (2 * mean_a * mean_b + SSIM_C1) / (mean_a**2 + mean_b**2 + SSIM_C1)
-    structure = (2 * covariance + SSIM_C2) / (var_a + var_b + SSIM_C2)
-    return (luminance * structure).flatten(-3).mean(-1)
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * covariance + c2) / (var_a + var_b + c2)
+    return luminance * structure
 
 
 def top_k_hits(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:

@@ -173,7 +173,8 @@ class Pictures:
     strength: tuple[
         float, ...
     ] = ()  # noise: sigma or its range, in 8-bit levels; jpeg: the qualities to choose from
-    truth: Literal["plain", "sharp"] = "plain"  # second_order: "sharp" trains towards unsharp-masked pictures
+    # second_order: "sharp" trains towards unsharp-masked pictures, "both" gives them besides (an adversarial run sets it)
+    truth: Literal["plain", "sharp", "both"] = "plain"
     held_out_high: str = ""  # empty: no validation (folder, pairs)
     held_out_low: str = ""  # empty: made from held_out_high
     held_out_crop: int | None = None  # validate on the central crop of so many low-quality pixels a side
@@ -189,12 +190,29 @@ class Pictures:
 @dataclass(frozen=True, kw_only=True)
 class Restoration(Config):
     data: Pictures = Pictures()
-    loss: Literal["l1", "mse", "charbonnier"] = "l1"
+    loss: Literal["l1", "mse", "charbonnier", "frequency", "ssim"] = "l1"
     tile: int | None = None  # validation in tiles of this many input pixels; None: whole where memory allows
     space: Literal["y", "rgb"] = "y"  # of PSNR and SSIM
 
     task: ClassVar[str] = "restoration"
     entry: ClassVar[str] = "visionhybrid.train.restore:Restore"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversarial(Restoration):
+    """Restoration with a perceptual loss and a discriminator; `loss` is that of the pixels. `optim` serves both networks."""
+
+    pixel_weight: float = 1.0
+    perceptual_weight: float = 1.0  # 0: without, and without VGG's weights
+    adversarial_weight: float = 0.1
+    sharp: tuple[
+        Literal["pixel", "perceptual", "adversarial"], ...
+    ] = ()  # losses that see unsharp-masked truth
+    vgg: str = ""  # file of torchvision's VGG19 weights; empty: the one in torch's hub cache
+    width: int = 64  # of the discriminator
+
+    task: ClassVar[str] = "adversarial"
+    entry: ClassVar[str] = "visionhybrid.train.gan:RestoreAdversarially"
 
 
 def override(config: C, words: Iterable[str]) -> C:

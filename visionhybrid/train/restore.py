@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
@@ -20,23 +19,12 @@ from visionhybrid.data.resize import imresize
 from visionhybrid.infer.restoration import restore
 from visionhybrid.train import start
 from visionhybrid.train.config import ConfigError, Pictures, Restoration
+from visionhybrid.train.losses import PIXEL_LOSSES
 from visionhybrid.train.sampler import Sample, stack
 from visionhybrid.train.task import share
 
 SHEETS = 4  # pictures drawn at each validation
 SHEET_SIDE = 192  # pixels of the ground truth shown
-
-
-def charbonnier(output: Tensor, truth: Tensor) -> Tensor:
-    """Mean of sqrt(d^2 + 1e-12): L1 with a round bottom (the constant is BasicSR's)."""
-    return ((output - truth).square() + 1e-12).sqrt().mean()
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "l1": F.l1_loss,
-    "mse": F.mse_loss,
-    "charbonnier": charbonnier,
-}
 
 
 class Pairs(Protocol):
@@ -79,7 +67,7 @@ class Restore:
         self, part: str, parts: Mapping[str, nn.Module], batch: Sample
     ) -> tuple[Tensor, dict[str, Tensor]]:
         output = parts["model"](batch["lq"])
-        return LOSSES[self.config.loss](output.float(), batch["gt"]), {}
+        return PIXEL_LOSSES[self.config.loss](output, batch["gt"]), {}
 
     def validate(
         self, model: nn.Module, accelerator: Accelerator, limit: int | None = None
