@@ -1,3 +1,4 @@
 """Backbones and restorers. Importing a system file registers its models with timm."""
 
+from visionhybrid.models import hat as hat
 from visionhybrid.models import nextvit as nextvit
