@@ -1,0 +1,130 @@
+"""The operators of `visionhybrid.kernels` and samples of their arguments, for the tests that treat all alike."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from visionhybrid.kernels import linear_attention as linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One call. `inputs` are float64 and get gradients; those in `single` are float32 beside half inputs."""
+
+    inputs: dict[str, Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+    single: tuple[str, ...] = ()
+
+    def cast(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+        """Leaves of `dtype` that want gradients."""
+        wide = dtype if dtype == torch.float64 else torch.float32
+        return {
+            name: x.to(device, wide if name in self.single else dtype, copy=True).requires_grad_()
+            for name, x in self.inputs.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """A public function, its module and samples; the keys of `samples` say what they show."""
+
+    module: ModuleType
+    function: Callable[..., Any]
+    samples: dict[str, Callable[[], Sample]]
+    small: Callable[[], Sample]  # for gradcheck, compile, export
+    drawn: st.SearchStrategy  # of functions that build a Sample
+    named: Callable[[dict[str, Tensor]], dict[str, Any]] = dict  # inputs -> keywords of `function`
+    ops: Callable[[], list[tuple[Any, tuple]]] = list  # registered operators with arguments, for opcheck
+
+    def call(self, inputs: dict[str, Tensor], **options: Any) -> Any:
+        return self.function(**self.named(inputs), **options)
+
+    def why_not(self, inputs: dict[str, Tensor], backend: str, **options: Any) -> str | None:
+        args = self.module.arguments(**self.named(inputs), **options)
+        return self.module.BACKENDS[backend].unsupported(*args)
+
+
+def _linear_named(inputs: dict[str, Tensor]) -> dict[str, Any]:
+    inputs = dict(inputs)
+    rotated = tuple(inputs.pop(name) for name in ("q_rotated", "k_rotated") if name in inputs)
+    return inputs | {"rotated": rotated or None}
+
+
+def _linear_ops() -> list[tuple[Any, tuple]]:
+    q, k, v = (torch.randn(2, 3, n, d, requires_grad=True) for n, d in ((5, 8), (7, 8), (7, 4)))
+    keep = torch.rand(2, 7) < 0.7
+    state = torch.rand(2, 3, 8, 5, requires_grad=True)
+    grad = torch.randn(2, 5, 3, 4).transpose(1, 2)
+    plain = dict(q=q.detach(), k=k.detach(), v=v.detach(), state=state.detach())
+    ops = linear.eager.OPERATORS
+    return [
+        (ops.state, (k, v, None, None, "elu")),
+        (ops.state, (k, v, torch.randn_like(k, requires_grad=True), keep, "softmax")),
+        (ops.apply, (q, state, None, "relu", True, 1e-3)),
+        (ops.apply, (q, state, torch.randn_like(q, requires_grad=True), "elu", True, 1e-3)),
+        (ops.state_backward, (plain["state"], plain["k"], plain["v"], None, keep, "softmax")),
+        (ops.apply_backward, (grad, plain["q"], plain["state"], None, "elu", True, 1e-3)),
+    ]
+
+
+def _linear(B, heads, N, M, D, E, rotated=False, mask=False, **options) -> Callable[[], Sample]:
+    def build():
+        shapes = dict(q=(N, D), k=(M, D), v=(M, E))
+        if rotated:
+            shapes |= dict(q_rotated=(N, D), k_rotated=(M, D))
+        inputs = {name: torch.randn(B, heads, *shape, dtype=torch.float64) for name, shape in shapes.items()}
+        if rotated:  # a signed numerator over a normaliser of its own, kept away from zero
+            options.setdefault("eps", 0.1)
+        if mask:
+            keep = torch.rand(B, M) < 0.7
+            keep[0] = False  # a row of the batch without keys
+            keep[-1, 0] = True
+            return Sample(inputs=inputs, options={**options, "key_mask": keep})
+        return Sample(inputs=inputs, options=options)
+
+    return build
+
+
+OPERATORS = {
+    "linear_attention": Operator(
+        module=linear,
+        function=linear.linear_attention,
+        named=_linear_named,
+        ops=_linear_ops,
+        small=_linear(2, 2, 3, 5, 4, 3, mask=True),
+        drawn=st.builds(
+            _linear,
+            *(st.integers(1, high) for high in (3, 3, 300, 300, 48, 48)),
+            rotated=st.booleans(),
+            mask=st.booleans(),
+            feature_map=st.sampled_from(["elu", "softmax"]),
+            eps=st.just(0.1),
+        ),
+        samples={
+            # With one key and no eps the result does not depend on q at all.
+            "one token": _linear(1, 1, 1, 1, 16, 16, eps=0.1),
+            "prime lengths, other value dim": _linear(1, 3, 131, 67, 24, 40),
+            "linfusion, head 40": _linear(2, 2, 129, 129, 40, 40, norm="linfusion"),
+            "sana, relu, head 72": _linear(1, 2, 65, 127, 72, 72, norm="sana", feature_map="relu", eps=1e-2),
+            "softmax, head 80": _linear(1, 2, 33, 64, 80, 80, feature_map="softmax"),
+            "softmax, head 160": _linear(1, 1, 33, 40, 160, 160, feature_map="softmax"),
+            "head 256": _linear(1, 1, 20, 31, 256, 256),
+            "unnormalised, scaled": _linear(
+                1, 2, 50, 70, 32, 32, norm="none", feature_map="identity", scale=0.18
+            ),
+            "padding": _linear(3, 2, 40, 130, 32, 24, mask=True),
+            "padding, softmax, sums": _linear(
+                2, 1, 9, 37, 16, 16, mask=True, norm="sana", feature_map="softmax"
+            ),
+            "rotated": _linear(2, 2, 37, 70, 32, 40, rotated=True),
+            "rotated, padding, sums, softmax, scaled": _linear(
+                2, 1, 37, 70, 80, 80, rotated=True, mask=True, feature_map="softmax", norm="sana", scale=0.5
+            ),
+        },
+    ),
+}
