@@ -169,6 +169,7 @@ def keywords(found: Found, given: Mapping[str, Any]) -> dict[str, Any]:
         raise unknown_architecture(found)
     given = {system.aliases.get(name, name): value for name, value in given.items()}
     known = introspection.signature(system.build).parameters.keys() - {"device", "dtype"}
+    known |= set(system.aliases.values())  # an alias of itself is a word that only `options` understands
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known | system.aliases.keys()), 1)
@@ -222,16 +223,50 @@ def load(
         ValueError: one line with path and reason: not a checkpoint, unknown architecture, unknown option, keys or shapes that
             do not fit (missing, unexpected and differing ones are named).
     """
-    wanted = as_dtype(dtype)
     found = find(source, key=key, prefix=prefix, system=system)
-    chosen = keywords(found, {**found.recorded, **options})
+    return _load(found, {**found.recorded, **options}, dtype, device)
+
+
+def load_as(
+    name: str,
+    source: Source,
+    *,
+    key: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> nn.Module:
+    """The registered model `name` (a tag may follow a dot) with the weights of `source`, in eval mode.
+
+    As `load`, but the architecture is that of the name, and so is the description of the input (size, crop) where the
+    checkpoint has none.
+
+    Raises:
+        ValueError: as `load`; an unknown name; weights of another architecture.
+    """
+    base = name.partition(".")[0]
+    registry.require(base)
+    found = find(source, key=key, system=registry.SYSTEM_OF[base])
+    made_with = {k: v for k, v in registry.VARIANTS[base].items() if k not in registry.VISIBLE}
+    return _load(found, {**made_with, **options}, dtype, device, name)
+
+
+def _load(
+    found: Found,
+    given: Mapping[str, Any],
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    name: str = "",
+) -> nn.Module:
+    wanted = as_dtype(dtype)
+    chosen = keywords(found, given)
     assert found.system is not None  # else `keywords` raised
     # The shapes are compared on the meta device first: a file that lies about its size costs no memory.
     state = fit(found, build(found.system, chosen, "meta"))
     model = build(found.system, chosen)
     model.load_state_dict(state, strict=True)
     registry.remember(model, found.system, chosen)
-    _set_pretrained_cfg(model, found, chosen)
+    _set_pretrained_cfg(model, found, name or next(iter(registry.names_of(found.system, chosen)), ""))
     return model.to(device=device, dtype=wanted).eval()
 
 
@@ -269,12 +304,9 @@ def fit(found: Found, model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _set_pretrained_cfg(model: nn.Module, found: Found, options: Mapping[str, Any]) -> None:
+def _set_pretrained_cfg(model: nn.Module, found: Found, name: str) -> None:
     """timm's description of the input (size, crop, mean, std) and of the classes, if the file or the registry has one."""
-    cfg: dict[str, Any] = {}
-    names = registry.names_of(found.system, options) if found.system else []
-    if names:
-        cfg.update(registry.default_cfg(names[0]))
+    cfg = registry.default_cfg(name) if name else {}
     folder = found.opened.folder
     for part in (folder.get("pretrained_cfg"), _json(found.opened.metadata.get("pretrained_cfg"))):
         cfg.update(part if isinstance(part, dict) else {})
