@@ -7,6 +7,7 @@ ours never mix with a timm module of the same name (`timm.models.nextvit`).
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import inspect
 from collections.abc import Callable, Mapping
@@ -167,6 +168,14 @@ def names_of(system: System, options: Mapping[str, Any]) -> list[str]:
 
 def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def require(name: str) -> None:
+    """ValueError with the nearest registered name unless `name` is one."""
+    if name not in SYSTEM_OF:
+        near = difflib.get_close_matches(name, [*SYSTEM_OF, *(n.removeprefix("vh_") for n in SYSTEM_OF)], 1)
+        hint = f"; did you mean {near[0] if near[0] in SYSTEM_OF else 'vh_' + near[0]!r}?" if near else ""
+        raise ValueError(f"no model {name!r}{hint} (`visionhybrid list` has {len(SYSTEM_OF)})")
 
 
 def default_cfg(name: str) -> dict[str, Any]:

@@ -5,7 +5,17 @@ pretrained.py finds published weights for `timm.create_model(..., pretrained=Tru
 """
 
 from visionhybrid.models.checkpoint.keys import UnknownKeysError, rename
-from visionhybrid.models.checkpoint.loading import Inspection, inspect, load
+from visionhybrid.models.checkpoint.loading import Inspection, inspect, load, load_as
 from visionhybrid.models.checkpoint.saving import WarmStart, save, warm_start
 
-__all__ = ["Inspection", "UnknownKeysError", "WarmStart", "inspect", "load", "rename", "save", "warm_start"]
+__all__ = [
+    "Inspection",
+    "UnknownKeysError",
+    "WarmStart",
+    "inspect",
+    "load",
+    "load_as",
+    "rename",
+    "save",
+    "warm_start",
+]
