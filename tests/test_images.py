@@ -302,8 +302,8 @@ def test_large_sixteen_bit_files_come_in_several_bands(tmp_path, monkeypatch):
 def test_metadata_is_kept(tmp_path, suffix, bits):
     exif = Image.Exif()
     exif[0x0112], exif[0x010F], exif[0x8298] = 1, "Maker", "Rights"
-    exif.get_ifd(0x8769).update({0x9003: "2026:01:02 03:04:05", 0xA002: 999, 0xA003: 888})
-    exif.get_ifd(0x8825).update({1: "N", 2: (1.0, 2.0, 3.0)})
+    exif[0x8769] = {0x9003: "2026:01:02 03:04:05", 0xA002: 999, 0xA003: 888}
+    exif[0x8825] = {1: "N", 2: (1.0, 2.0, 3.0)}
     picture = picture_of(samples(3, bits), icc=SRGB, exif=exif.tobytes(), dpi=(300.0, 300.0))
     write_image(tmp_path / f"x.{suffix}", picture)
     with Image.open(tmp_path / f"x.{suffix}") as image:
@@ -418,7 +418,11 @@ def test_missing_files_folders_and_permissions(tmp_path, monkeypatch):
 
 def test_an_error_survives_the_way_out_of_a_worker():
     error = pickle.loads(pickle.dumps(ImageError("x.png", "the file is empty")))
-    assert (str(error), error.path.name, error.reason) == ("x.png: the file is empty", "x.png", "the file is empty")
+    assert (str(error), error.path.name, error.reason) == (
+        "x.png: the file is empty",
+        "x.png",
+        "the file is empty",
+    )
 
 
 def test_a_decompression_bomb(tmp_path):

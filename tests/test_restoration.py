@@ -76,6 +76,18 @@ def test_pil_images_keep_their_mode(mode):
     np.testing.assert_array_equal(np.asarray(y), grown(x))
 
 
+def test_pil_images_are_turned_upright_and_keep_their_profile(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise(9, 7, 3)).save(tmp_path / "x.png", exif=exif, icc_profile=SRGB, dpi=(300, 300))
+    with Image.open(tmp_path / "x.png") as image:
+        y = restore(Enlarge(), image)
+    assert y.size == (18, 14)
+    np.testing.assert_array_equal(np.asarray(y), grown(np.rot90(noise(9, 7, 3), -1)))
+    y.save(tmp_path / "y.png")
+    assert read_image(tmp_path / "y.png").icc == SRGB
+
+
 def test_pil_images_of_other_modes():
     bit = restore(Enlarge(), Image.fromarray(noise(9, 7) > 99))
     assert bit.mode == "L"

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from visionhybrid.data.images import Picture, read_image
@@ -42,7 +42,7 @@ def restore(
     |---|---|
     | a path | `Picture` (pixels, alpha and metadata; `write_image` stores it) |
     | `Picture` | `Picture` |
-    | PIL image, 8 bits or `I;16` | PIL image: `L`, `LA`, `RGB`, `RGBA` or `I;16` |
+    | PIL image, 8 bits or `I;16` | PIL image, upright: `L`, `LA`, `RGB`, `RGBA` or `I;16`, with ICC profile and dpi |
     | array (H, W) or (H, W, 1 to 4), uint8, uint16 or float in [0, 1] | array of the same dtype and number of axes |
     | tensor (C, H, W) or (B, C, H, W), uint8 or float in [0, 1] | tensor of the same dtype, device and number of axes |
 
@@ -81,11 +81,15 @@ def restore(
 
 
 def _pil(engine: Engine, image: Image.Image, advance) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    kept = {key: image.info[key] for key in ("icc_profile", "dpi") if key in image.info}
     if image.mode not in ("L", "LA", "RGB", "RGBA") and not image.mode.startswith("I;16"):
         grey = image.mode == "1"
         alpha = "A" if image.has_transparency_data else ""
         image = image.convert(("L" if grey else "RGB") + alpha)
-    return Image.fromarray(_array(engine, np.asarray(image), advance))
+    result = Image.fromarray(_array(engine, np.asarray(image), advance))
+    result.info.update(kept)  # which Pillow writes when the result is saved
+    return result
 
 
 def _array(engine: Engine, image: np.ndarray, advance) -> np.ndarray:
