@@ -114,7 +114,8 @@ class Trainer:
             parts.append(Part(name, net, self.accelerator.unwrap_model(net), optimizer, rate))
         return parts
 
-    def _batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Batch]:
+        """Batches from where the run stands, without end."""
         pin = self.accelerator.device.type == "cuda"
         return iter(
             loader(
@@ -248,7 +249,7 @@ class Trainer:
         """From where the run stands to its last step."""
         loop = self.config.loop
         started = time.monotonic() - self.seconds
-        batches = self._batches()
+        batches = self.batches()
         with self.log.bar(self.total, self.step), _signals() as caught:
             while self.step < self.total:
                 batch = next(batches)
@@ -256,7 +257,7 @@ class Trainer:
                 self._note_corrupt(batch)
                 if self.watch.bad >= self.config.guard.in_a_row:
                     self.roll_back()
-                    batches = self._batches()
+                    batches = self.batches()
                     continue
                 self.step, self.position = self.step + 1, batch.after
                 self.seconds = time.monotonic() - started
