@@ -18,7 +18,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visionhybrid.models.layers import Affine
+from visionhybrid.models.layers import Affine, deploy_convolutions
 
 # Every factory also takes `device` and `dtype`, so that a model can be made on any device, `meta` included.
 LayerFn = Callable[..., nn.Module]
@@ -200,6 +200,7 @@ class Backbone(nn.Module):
 
         Blocks fold what they can (their `reparameterize`, which `timm.utils.reparameterize_model` finds too); a norm that no
         neighbour can absorb, such as the final one, becomes an `Affine`, so features keep their values as well as logits.
+        Convolutions become `DeployedConv2d`, quicker on a CPU.
         The state dict of a deployed model has other keys, so it loads only into a deployed model.
         """
         self.eval()
@@ -208,6 +209,7 @@ class Backbone(nn.Module):
             for name, child in module.named_children():
                 if isinstance(child, _BatchNorm):
                     setattr(module, name, Affine(child).eval())
+        deploy_convolutions(self)
         return self
 
     # ---- classifier

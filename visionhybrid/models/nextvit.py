@@ -30,7 +30,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from visionhybrid.models.backbone import Backbone, Spec, Stage, no_layer
 from visionhybrid.models.checkpoint import rename
-from visionhybrid.models.layers import BatchNorm2d, fold_after, fold_before, scale_shift, set_bias
+from visionhybrid.models.layers import (
+    BatchNorm2d,
+    DeployedConv2d,
+    TokenLinear,
+    channels_last,
+    fold_after,
+    fold_before,
+    scale_shift,
+    set_bias,
+)
 from visionhybrid.models.registry import System, Weights, register
 
 
@@ -45,9 +54,10 @@ class ConvNormAct(nn.Module):
 
     def reparameterize(self) -> None:
         self.norm = _absorb_after(self.conv, self.norm)
+        self.conv, self.act = _join(self.conv, self.act)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)))
+        return self.act(self.norm(self.conv(channels_last(x))))
 
 
 class Stem(nn.Sequential):
@@ -95,6 +105,7 @@ class MHCA(nn.Module):
 
     def reparameterize(self) -> None:
         self.norm = _absorb_after(self.group_conv3x3, self.norm)
+        self.group_conv3x3, self.act = _join(self.group_conv3x3, self.act)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projection(self.act(self.norm(self.group_conv3x3(x))))
@@ -110,6 +121,9 @@ class Mlp(nn.Module):
         self.act = nn.ReLU(inplace=True)
         self.drop = nn.Dropout(drop)
         self.fc2 = nn.Conv2d(hidden, dim, 1, **dd)
+
+    def reparameterize(self) -> None:
+        self.fc1, self.act = _join(self.fc1, self.act)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
@@ -178,10 +192,10 @@ class EMHSA(nn.Module):
         self.head_dim = head_dim
         self.scale = head_dim**-0.5
         self.run = sr_ratio**2
-        self.q = nn.Linear(dim, dim, **dd)
-        self.k = nn.Linear(dim, dim, **dd)
-        self.v = nn.Linear(dim, dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.q = TokenLinear(dim, dim, **dd)
+        self.k = TokenLinear(dim, dim, **dd)
+        self.v = TokenLinear(dim, dim, **dd)
+        self.proj = TokenLinear(dim, dim, **dd)
         self.norm = nn.BatchNorm1d(dim, **dd) if sr_ratio > 1 else nn.Identity()
         self.attn_drop = attn_drop
         self.proj_drop = nn.Dropout(proj_drop)
@@ -296,6 +310,11 @@ def _absorb_before(layers: Sequence[nn.Module], norm: nn.Module) -> nn.Module:
             fold_before(layer, *scale_shift(norm))
         return nn.Identity()
     return norm
+
+
+def _join(conv: nn.Module, act: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A convolution and the ReLU after it as one module, and what takes the ReLU's place."""
+    return (DeployedConv2d.of(conv, relu=True), nn.Identity()) if isinstance(act, nn.ReLU) else (conv, act)
 
 
 class NextViT(Backbone):
