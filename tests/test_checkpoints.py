@@ -17,6 +17,7 @@ from toy import TOY, Toy, authors, randomised
 import visionhybrid
 from visionhybrid.models import registry
 from visionhybrid.models.checkpoint import UnknownKeysError, rename, save, warm_start
+from visionhybrid.models.restorer import padded
 
 
 @pytest.fixture(autouse=True)
@@ -583,3 +584,54 @@ def test_golden_nextvit(name):
         step = STEP.get(output)
         case.check(output, value[..., ::step, ::step] if step else value)
     assert {"logits", "stage3"} & got.keys()
+
+
+# The attribution map of a model (hat_*_lam_*) is infer's to check; loading that model is the same as loading the others.
+HAT = [name for name in whole_models("hat") if "_lam_" not in name]
+
+
+@pytest.mark.parametrize("name", HAT)
+def test_golden_hat(name):
+    case = load_case(name)
+    model = visionhybrid.load({"params": {}, "params_ema": case.state_dict()})
+    assert model.scale == case.facts["kwargs"]["upscale"]
+    groups = {}
+    for i, group in enumerate(model.groups):
+        group.register_forward_hook(lambda module, args, out, i=i: groups.update({f"group{i}": out}))
+    with torch.inference_mode():
+        if "tile" in case.facts:
+            case.check("out", official_tiles(model, case.input("x"), **case.facts["tile"]))
+        else:
+            case.check("out", model(case.input("x")))
+    for key in case.outputs:
+        if key.startswith("group"):
+            case.check(
+                key, groups[key].permute(0, 2, 3, 1)[:, ::8, ::8]
+            )  # the authors' are tokens (B, H, W, C)
+
+
+@pytest.mark.parametrize("name", [name for name in HAT if "tiny" in name])
+def test_golden_hat_takes_its_authors_keywords(name):
+    case = load_case(name)
+    state, keywords = case.state_dict(), case.facts["kwargs"]
+    visionhybrid.load(state, **keywords)
+    with pytest.raises(ValueError, match="dim=7 contradicts the weights"):
+        visionhybrid.load(state, **{**keywords, "embed_dim": 7})
+    with pytest.raises(ValueError, match="no option 'embed_dims'; did you mean 'embed_dim'"):
+        visionhybrid.load(state, embed_dims=48)
+
+
+def official_tiles(model, x, tile_size, tile_pad):
+    """The authors' hard tiles: the padded image cut up, each tile with context, cores put side by side."""
+    h, w = x.shape[2:]
+    x = padded(x, model.multiple_of)
+    out = x.new_zeros(*x.shape[:2], x.shape[2] * model.scale, x.shape[3] * model.scale)
+    for top in range(0, x.shape[2], tile_size):
+        for left in range(0, x.shape[3], tile_size):
+            y0, x0 = max(top - tile_pad, 0), max(left - tile_pad, 0)
+            tile = model(x[:, :, y0 : top + tile_size + tile_pad, x0 : left + tile_size + tile_pad])
+            core = tile[:, :, (top - y0) * model.scale :, (left - x0) * model.scale :]
+            core = core[:, :, : tile_size * model.scale, : tile_size * model.scale]
+            target = out[:, :, top * model.scale :, left * model.scale :]
+            target[:, :, : core.shape[2], : core.shape[3]] = core
+    return out[:, :, : h * model.scale, : w * model.scale]

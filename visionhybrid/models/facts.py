@@ -48,8 +48,8 @@ def facts(name: str) -> Facts:
     """
     base, _, tag = name.partition(".")
     registry.require(base)
-    if tag and tag not in _tags(base):
-        raise ValueError(f"{base} has no tag {tag!r}; have {', '.join(_tags(base)) or 'none'}")
+    if tag and tag not in tags_of(base):
+        raise ValueError(f"{base} has no tag {tag!r}; have {', '.join(tags_of(base)) or 'none'}")
     cfg = registry.default_cfg(name)
     system = registry.SYSTEMS[registry.SYSTEM_OF[base]]
     model = timm.create_model(base, device="meta").eval()
@@ -73,7 +73,7 @@ def facts(name: str) -> Facts:
             for info in getattr(model, "feature_info", ())
         ),
         options=dict(registry.VARIANTS[base]),
-        tags=tuple(_tags(base)),
+        tags=tuple(tags_of(base)),
         weights=_weights(base),
         example=_example(base, system.task, size, cfg),
     )
@@ -102,7 +102,8 @@ def _input_size(model: nn.Module, task: str, cfg: dict[str, Any]) -> tuple[int, 
     return (channels, *sides)
 
 
-def _tags(base: str) -> list[str]:
+def tags_of(base: str) -> list[str]:
+    """Tags of the registered name `base`, as after a dot in `timm.create_model`."""
     entry = registry.default_cfgs.get(base)  # timm groups the cfgs of a name's tags
     tags = list(entry.cfgs) if entry is not None else []
     published = [key.partition(".")[2] for key in registry.WEIGHTS if key.partition(".")[0] == base]

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 Pair = tuple[int, int]
 LOG2E = math.log2(math.e)
@@ -55,7 +56,10 @@ def whole_map(
     )
     extra = None if bias is None else bias.to(q.dtype)
     if sh or sw:
-        down, across = torch.arange(nh, device=q.device) == nh - 1, torch.arange(nw, device=q.device) == nw - 1
+        down, across = (
+            torch.arange(nh, device=q.device) == nh - 1,
+            torch.arange(nw, device=q.device) == nw - 1,
+        )
         masks = _masks(window, shift, q.device, q.dtype)  # (2, 2, N, N)
         mask = masks[down.long()[:, None], across.long()].flatten(0, 1)  # (windows, N, N)
         mask = mask.repeat(B, 1, 1)[:, None]
@@ -233,7 +237,12 @@ def _attention_backward(
     """Gradients of q, k, v and the bias (empty without one)."""
     s = _Strips(q, k, v, bias, window, reach, shift, scale)
     wide = lse.dtype
-    q_tiles, k_tiles, v_tiles, grad_tiles = s.query_tiles(q), s.key_tiles(k), s.key_tiles(v), s.query_tiles(grad)
+    q_tiles, k_tiles, v_tiles, grad_tiles = (
+        s.query_tiles(q),
+        s.key_tiles(k),
+        s.key_tiles(v),
+        s.query_tiles(grad),
+    )
     # d out / d logits needs each row's mean gradient, sum_j weight_j d_j = grad . out
     mean = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
     mean_tiles = s.query_tiles(mean)
@@ -266,7 +275,8 @@ def _attention_backward(
                 dv_tiles[b, row, column].add_(values.unflatten(1, s.reach).permute(1, 2, 0, 3))
     top, left = (s.reach[0] - s.window[0]) // 2, (s.reach[1] - s.window[1]) // 2
     dk, dv = (
-        s.unroll(t[:, top : top + q.shape[1], left : left + q.shape[2]]).to(q.dtype).contiguous() for t in (dk, dv)
+        s.unroll(t[:, top : top + q.shape[1], left : left + q.shape[2]]).to(q.dtype).contiguous()
+        for t in (dk, dv)
     )
     return s.unroll(dq), dk, dv, dbias if bias is None else dbias.to(bias.dtype)
 
@@ -295,3 +305,10 @@ def _refuse(ctx, *grads):
 
 _attention.register_autograd(_differentiate, setup_context=_save)
 _attention_backward.register_autograd(_refuse)
+
+
+@register_flop_formula(torch.ops.visionhybrid.window_attention)
+def _operations(q, k, v, bias, window, reach, shift, scale, *args, **kwargs) -> int:
+    """Of the two matrix products, from shapes, for torch's FlopCounterMode: every query meets reach[0] * reach[1] keys."""
+    B, H, W, heads, dim = q
+    return 2 * B * H * W * heads * reach[0] * reach[1] * (dim + v[4])

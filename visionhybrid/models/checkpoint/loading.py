@@ -167,13 +167,13 @@ def keywords(found: Found, given: Mapping[str, Any]) -> dict[str, Any]:
     system = found.system
     if system is None:
         raise unknown_architecture(found)
-    given = {system.aliases.get(name, name): value for name, value in given.items()}
-    known = introspection.signature(system.build).parameters.keys() - {"device", "dtype"}
+    own = introspection.signature(system.build).parameters.keys() - {"device", "dtype"}
+    known = own | system.aliases.keys()  # `options` translates those
     known |= set(system.aliases.values())  # an alias of itself is a word that only `options` understands
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known | system.aliases.keys()), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(known))}"
+            near = difflib.get_close_matches(name, sorted(known), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(own))}"
             raise ValueError(f"{found.where}: {system.name} has no option {name!r}{hint}")
     try:
         return dict(system.options(found.state, **given))
