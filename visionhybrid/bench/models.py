@@ -85,10 +85,8 @@ def _no_worse(runner: str) -> tuple[Target, ...]:
     return tuple(Target(runner=runner, what=what, limit=1.0) for what in ("time", "memory"))
 
 
-def inference(
-    name: str, model: nn.Module, x: Tensor, *, bf16: bool = False, tolerance: float = 1e-4
-) -> Runner:
-    """A forward pass without gradients, under bf16 autocast if asked."""
+def inference(name: str, model: nn.Module, x: Tensor, *, bf16: bool = False) -> Runner:
+    """A forward pass without gradients; with `bf16` under autocast."""
 
     def run() -> Tensor:
         with torch.inference_mode(), torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=bf16):
@@ -98,7 +96,7 @@ def inference(
         name=name,
         run=run,
         holds=(model, x),
-        tolerance=BF16_TOLERANCE if bf16 else tolerance,
+        tolerance=BF16_TOLERANCE if bf16 else 1e-4,
         dtype=torch.bfloat16 if bf16 else torch.float32,
     )
 

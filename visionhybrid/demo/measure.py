@@ -26,7 +26,7 @@ from visionhybrid.train.config import Config
 DIGITS_RECIPE, PHOTOGRAPHS_RECIPE = "nextvit_digits", "hat_samples_x2"
 SCALE = 2
 CROP = 72  # side of the part of a photograph that the report enlarges
-SHOWN = 18  # digits that the report pictures
+SHOWN = 12  # digits that the report pictures
 
 # Seconds instead of minutes: does everything run? What it learns then is nothing.
 _QUICK = (

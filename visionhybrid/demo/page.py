@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from html import escape
@@ -48,7 +49,7 @@ class Report:
 
 
 def numbers(value: Any) -> Any:
-    """`value` as JSON-able data, pictures left out."""
+    """`value` as JSON-able data: pictures left out, what is not finite as null."""
     if isinstance(value, Tensor):
         return None
     if is_dataclass(value):
@@ -60,6 +61,8 @@ def numbers(value: Any) -> Any:
         return {key: numbers(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [numbers(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON knows no nan
     return value
 
 
@@ -106,11 +109,11 @@ def _head(report: Report) -> Iterator[str]:
     yield '<div class="tiles">'
     for target in report.targets:
         value = f"{target.value:+.2f}" if target.unit == "dB" else f"{target.value:.1f}"
-        goal = f"target: at least {target.limit:g} {target.unit}"
+        goal = f"target \N{GREATER-THAN OR EQUAL TO} {target.limit:g} {target.unit}"
         yield _tile(target.name, value, target.unit, goal, target.met)
     mean = sum(photo.psnr for photo in report.photographs.photos) / len(report.photographs.photos)
     yield _tile("HAT on unseen photographs", f"{mean:.2f}", "dB", "PSNR on Y, mean", None)
-    yield _tile("Time in all", clock(report.seconds), "", "goal: under 6:00 on 2 quiet cores", None)
+    yield _tile("Time in all", clock(report.seconds), "", "goal < 6:00 on 2 quiet cores", None)
     yield "</div></header>"
 
 

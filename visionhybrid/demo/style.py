@@ -38,21 +38,21 @@ pre code { background: none; padding: 0; font-size: 1em; }
 .num, td.num, .tile b { font-variant-numeric: tabular-nums; }
 
 .badge {
-  display: inline-block; font-size: .82rem; font-weight: 600; padding: 3px 11px; border-radius: 99px; margin-bottom: 16px;
+  display: inline-block; font-size: .82rem; font-weight: 600; padding: 3px 10px; border-radius: 7px; margin-bottom: 16px;
 }
-.met { color: var(--good); background: var(--good-wash); }
-.missed { color: var(--bad); background: var(--bad-wash); }
-.unjudged { color: var(--soft); background: var(--wash); }
+span.met { color: var(--good); background: var(--good-wash); }
+span.missed { color: var(--bad); background: var(--bad-wash); }
+span.unjudged { color: var(--soft); background: var(--wash); }
 
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 14px; margin: 26px 0 8px; }
 .tile, .card {
   background: var(--card); border: 1px solid var(--rule); border-radius: 12px; break-inside: avoid;
 }
 .tile { padding: 16px 18px 15px; }
-.tile span { display: block; color: var(--soft); font-size: .86rem; }
+.tile span:not(.badge) { display: block; color: var(--soft); font-size: .86rem; }
 .tile b { display: block; font-size: 1.95rem; letter-spacing: -.02em; line-height: 1.25; margin: 2px 0 6px; font-weight: 650; }
 .tile b small { font-size: .55em; font-weight: 500; color: var(--soft); letter-spacing: 0; margin-left: .25em; }
-.tile .badge { margin: 0; }
+.tile .badge { display: inline-block; margin: 0; font-size: .79rem; line-height: 1.4; }
 .card { padding: 18px 20px; margin: 14px 0; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 14px; }
 .pair > .card { margin: 0; }
