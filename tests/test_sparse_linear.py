@@ -6,7 +6,12 @@ from golden import list_cases, load_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visionhybrid.kernels.sparse_linear_attention import blocks_of, classify, sparse_linear_attention
+from visionhybrid.kernels.sparse_linear_attention import (
+    BACKENDS,
+    blocks_of,
+    classify,
+    sparse_linear_attention,
+)
 from visionhybrid.kernels.sparse_linear_attention.blocks import block_means, lookup
 
 CASES = [name for name in list_cases() if name.startswith(("sla_main_", "sla_v1_"))]
@@ -16,7 +21,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)).item()
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize("backend", ["reference", "eager", "triton"])
 @pytest.mark.parametrize("name", CASES)
 def test_published_kernels(name, backend):
     case = load_case(name)
@@ -49,13 +54,39 @@ def test_published_kernels(name, backend):
             case.check(key, leaf.grad)
 
 
+VARIANT = st.sampled_from(["main", "v1", "paper", "sparse"])
+FEATURE = st.sampled_from(["softmax", "elu", "relu"])
+
+
 @settings(max_examples=25, deadline=None)
-@given(
-    data=st.data(),
-    variant=st.sampled_from(["main", "v1", "paper", "sparse"]),
-    feature_map=st.sampled_from(["softmax", "elu", "relu"]),
-)
+@given(data=st.data(), variant=VARIANT, feature_map=FEATURE)
 def test_eager_equals_definition(data, variant, feature_map):
+    agrees("eager", data, variant, feature_map)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="triton does not import here")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("block_q", "block_k", "width"), [(7, 16, 5), (32, 20, 24)])
+def test_triton_equals_definition(block_q, block_k, width, masked):
+    """Blocks and head dims that are no powers of two, unequal lengths, rows without a key, strided inputs."""
+    q = torch.randn(1, 37, 2, width).transpose(1, 2)
+    k = torch.randn(1, 50, 2, width).transpose(1, 2)
+    v = torch.randn(1, 50, 2, 11).transpose(1, 2)
+    options = dict(topk=0.4, variant="sparse", block_q=block_q, block_k=block_k)
+    if masked:
+        options |= dict(mask=torch.rand(37, 50) > 0.3, key_mask=torch.rand(1, 50) > 0.2)
+        options["mask"][3] = False
+    cotangent = torch.randn(1, 2, 37, 11)
+    results = {}
+    for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]
+        out = sparse_linear_attention(*leaves, backend=backend, **options).sparse
+        results[backend] = [out, *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
+    for got, want in zip(results["triton"], results["reference"], strict=True):
+        assert relative(got, want) < 1e-5
+
+
+def agrees(fast, data, variant, feature_map):
     """Any lengths (unequal too), head dims, blocks, shares, masks; strided inputs; outputs and gradients."""
     torch.manual_seed(data.draw(st.integers(0, 99)))
     length_q, length_k = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
@@ -79,7 +110,7 @@ def test_eager_equals_definition(data, variant, feature_map):
     options["block_map"] = sparse_linear_attention(q, k, v, **options).block_map
     results = {}
     cotangents = [torch.randn(2, 3, length_q, value_width) for _ in range(2)]
-    for backend, dtype in (("reference", torch.float64), ("eager", torch.float32)):
+    for backend, dtype in (("reference", torch.float64), (fast, torch.float32)):
         leaves = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]
         got = sparse_linear_attention(*leaves, backend=backend, **options)
         loss = (got.sparse * cotangents[0]).sum()
@@ -87,7 +118,7 @@ def test_eager_equals_definition(data, variant, feature_map):
             loss = loss + (got.linear * cotangents[1]).sum()
         parts = [got.sparse] if variant == "sparse" else [got.sparse, got.linear]
         results[backend] = parts + list(torch.autograd.grad(loss, leaves))
-    for got, want in zip(results["eager"], results["reference"], strict=True):
+    for got, want in zip(results[fast], results["reference"], strict=True):
         scale = want.norm().clamp(min=cotangents[0].norm() * 1e-2)
         assert (got.double() - want).norm() / scale < 5e-5
 
@@ -137,8 +168,9 @@ def test_operators_are_registered_whole():
     q, k, v = (torch.randn(1, 2, 40, 8, requires_grad=True) for _ in range(3))
     lut = torch.tensor([0, 2, 1, -1, 2, 1]).view(1, 1, 3, 2).repeat(1, 2, 1, 1)
     mask = torch.rand(1, 40, 40) > 0.2
-    torch.library.opcheck(torch.ops.visionhybrid.block_sparse_attention, (q, k, v, lut, None, 16, 16, 0.3))
-    torch.library.opcheck(torch.ops.visionhybrid.block_sparse_attention, (q, k, v, lut, mask, 16, 16, 0.3))
+    for op in (BACKENDS[name].SPARSE for name in BACKENDS if name != "reference"):
+        torch.library.opcheck(op, (q, k, v, lut, None, 16, 16, 0.3))
+        torch.library.opcheck(op, (q, k, v, lut, mask, 16, 16, 0.3))
     torch.library.opcheck(torch.ops.visionhybrid.block_lookup, (torch.ones(1, 2, 3, 4, dtype=torch.int8), 4))
 
 
@@ -180,7 +212,7 @@ def test_compiles_without_a_break():
         (dict(block_map=torch.ones(1, 1, 2, 2)), "block_map must broadcast to"),
         (dict(key_mask=torch.ones(1, 9)), "key_mask must be bool"),
         (dict(mask=torch.ones(9, 8, dtype=torch.bool)), "mask must be bool"),
-        (dict(backend="tritn"), "no backend 'tritn' here; have reference, eager"),
+        (dict(backend="tritn"), "no backend 'tritn' here; have reference, eager, triton"),
     ],
 )
 def test_bad_input_is_named(change, message):

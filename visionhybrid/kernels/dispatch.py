@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+
 # Read once: a lookup at every call would break `torch.compile(fullgraph=True)`.
 PREFERRED = os.environ.get("VISIONHYBRID_BACKEND", "auto")
 
@@ -34,15 +36,22 @@ def pick(op: str, backends: Mapping[str, ModuleType], backend: str, args: tuple[
             raise ValueError(f"{op}: backend {wanted!r} cannot run this call: {reason}")
         return backends[wanted]
     for name in reversed(list(backends)):
-        if name != "reference" and backends[name].unsupported(*args) is None:
+        if _automatic(name, args) and backends[name].unsupported(*args) is None:
             return backends[name]
     raise ValueError(f"{op}: no backend can run this call; {explain(backends, args)}")
+
+
+def _automatic(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether "auto" may take this backend: never the reference, never Triton's interpreter (Triton on CPU tensors)."""
+    if name == "triton":
+        return any(isinstance(arg, Tensor) and arg.device.type != "cpu" for arg in args)
+    return name != "reference"
 
 
 def explain(backends: Mapping[str, ModuleType], args: tuple[Any, ...]) -> dict[str, str]:
     """Backend name -> "chosen", "can run", or the reason it cannot run `args`."""
     reasons = {name: module.unsupported(*args) for name, module in backends.items()}
-    able = [name for name, reason in reasons.items() if reason is None and name != "reference"]
+    able = [name for name, reason in reasons.items() if reason is None and _automatic(name, args)]
     said = {name: reason or "can run" for name, reason in reasons.items()}
     if PREFERRED in able:
         said[PREFERRED] = "chosen"

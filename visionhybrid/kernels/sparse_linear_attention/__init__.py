@@ -9,6 +9,7 @@ lengths may differ, a key padding mask, states in float32.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,10 @@ __all__ = ["SparseLinear", "block_scores", "blocks_of", "classify", "sparse_line
 
 VARIANTS = ("main", "v1", "paper", "sparse")
 BACKENDS = {"reference": reference, "eager": eager}
+with suppress(ImportError):  # triton exists for Linux only
+    from visionhybrid.kernels.sparse_linear_attention import triton
+
+    BACKENDS["triton"] = triton
 
 
 class SparseLinear(NamedTuple):

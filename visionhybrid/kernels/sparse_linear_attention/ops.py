@@ -1,0 +1,73 @@
+"""The sparse branch as a PyTorch operator of each backend, with its gradient; and the choice of blocks as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionhybrid.kernels.sparse_linear_attention import linear
+from visionhybrid.kernels.sparse_linear_attention.blocks import lookup
+
+
+def define(backend: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+    """Registers the sparse branch of a backend; the signatures are those of `gathered.py`."""
+    name = f"visionhybrid::block_sparse_attention_{backend}"
+    op = torch.library.custom_op(name, forward, mutates_args=())
+    backward_op = torch.library.custom_op(f"{name}_backward", backward, mutates_args=())
+
+    @op.register_fake
+    def _(q, k, v, lut, mask, block_q, block_k, scale):
+        lse = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=lse)
+
+    @backward_op.register_fake
+    def _(grad, q, k, v, out, lse, lut, mask, block_q, block_k, scale):
+        return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+    def save(ctx, inputs, output):
+        q, k, v, lut, mask, *ctx.options = inputs
+        ctx.save_for_backward(q, k, v, *output, lut, mask)
+        ctx.mark_non_differentiable(output[1])
+
+    def gradient(ctx, grad, _):
+        return *backward_op(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+
+    op.register_autograd(gradient, setup_context=save)
+    return op
+
+
+@torch.library.custom_op("visionhybrid::block_lookup", mutates_args=())
+def lookup_op(block_map: Tensor, width: int) -> Tensor:
+    """`blocks.lookup`; its `width` columns are known beforehand, or 0 where the longest row decides."""
+    return lookup(block_map)
+
+
+@lookup_op.register_fake
+def _(block_map, width):
+    columns = width or torch.library.get_ctx().new_dynamic_size()
+    return block_map.new_empty(*block_map.shape[:3], columns, dtype=torch.long)
+
+
+def run(
+    sparse: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: Tensor,
+    width: int,
+    key_mask: Tensor | None,
+    mask: Tensor | None,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+    variant: str,
+    scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Both branches: `sparse` is what `define` gave, the linear branch is plain PyTorch on every device."""
+    out, _ = sparse(q, k, v, lookup_op(block_map, width), mask, block_q, block_k, scale)
+    if variant == "sparse":
+        return out, None
+    return out, linear.forward(q, k, v, block_map, key_mask, block_q, block_k, feature_map, variant)
