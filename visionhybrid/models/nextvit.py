@@ -15,7 +15,6 @@ Published top-1, 224 / 384: small 82.5 / 83.6, base 83.2 / 84.3, large 83.6 / 84
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -485,9 +484,7 @@ def _places(state: Mapping[str, Tensor]) -> list[str]:
     ends = [j for j in range(n) if f"features.{j}.e_mhsa.q.weight" in state]
     widths = [_shape(state, f"features.{j}.mlp.conv2.weight")[0] for j in range(n)]
     if len(ends) < 3 or ends[-1] != n - 1 or len(set(widths)) == 1:
-        raise ValueError(
-            f"nextvit: blocks with attention must close three stages or more, got them at {ends} of {n}"
-        )
+        raise ValueError(f"blocks with attention must close three stages or more, got them at {ends} of {n}")
     # Stage 0 has no attention: it ends where the width changes.
     second = next(j for j in range(n) if widths[j] != widths[0])
     starts = (0, second, ends[0] + 1, ends[-2] + 1)
@@ -505,7 +502,7 @@ def _untrained(state: Mapping[str, Tensor], prefix: str) -> bool:
 
 def _shape(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
     if key not in state:
-        raise ValueError(f"nextvit: the checkpoint lacks {key}")
+        raise ValueError(f"the checkpoint lacks {key}")
     return tuple(state[key].shape)
 
 
@@ -523,20 +520,15 @@ def options(state: Mapping[str, Tensor], **given: Any) -> dict[str, Any]:
     `sr_ratios`.
 
     Raises:
-        ValueError: `given` has an unknown name or contradicts a shape, or the sr ratios must be given and are not.
+        ValueError: `given` contradicts a shape, or the sr ratios must be given and are not.
     """
     state = convert(state)
     given = {AUTHORS.get(name, name): value for name, value in given.items()}
-    unknown = sorted(given.keys() - inspect.signature(NextViT).parameters.keys())
-    if unknown:
-        raise ValueError(f"nextvit: no option {', '.join(unknown)}")
     seen = _visible(state)
     # Those two stand for widths that are rounded: other values fit as well, and wrong ones fail when the weights load.
     for name in (seen.keys() & given.keys()) - {"mix_block_ratio", "mlp_ratios"}:
         if _plain(given[name]) != _plain(seen[name]):
-            raise ValueError(
-                f"nextvit: {name} is {_plain(seen[name])} in this checkpoint, got {_plain(given[name])}"
-            )
+            raise ValueError(f"{name} is {_plain(seen[name])} in this checkpoint, got {_plain(given[name])}")
     deployed = "stem.0.conv.bias" in state
     pooled = [
         f"stages.{i}.blocks.{depth - 1}.e_mhsa.norm.weight" in state for i, depth in enumerate(seen["depths"])
@@ -548,7 +540,7 @@ def options(state: Mapping[str, Tensor], **given: Any) -> dict[str, Any]:
             )
             if not usual:
                 raise ValueError(
-                    "nextvit: how many tokens the attention pools shows in no shape; pass sr_ratios=, such as (8, 4, 2, 1)"
+                    "how many tokens the attention pools shows in no shape; pass sr_ratios=, such as (8, 4, 2, 1)"
                 )
         else:
             seen["sr_ratios"] = [1, 1, 1, 1]
@@ -594,7 +586,7 @@ def _mix(dims: Sequence[int], attn_dims: Sequence[int]) -> float:
     for mix in (0.75, 0.5, 0.25, *(i / 10 for i in range(1, 10)), *(i / 100 for i in range(1, 100))):
         if [make_divisible(int(dim * mix), 32) for dim in dims] == list(attn_dims):
             return mix
-    raise ValueError(f"nextvit: no mix_block_ratio gives attention widths {list(attn_dims)} of {list(dims)}")
+    raise ValueError(f"no mix_block_ratio gives attention widths {list(attn_dims)} of {list(dims)}")
 
 
 def _plain(value: Any) -> Any:
