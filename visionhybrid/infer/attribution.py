@@ -7,6 +7,7 @@ along a path that goes from a blurred input to the input itself. Made for super-
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def blur_path(image: Tensor, *, fold: int = 50, sigma: float = 1.2, size: int = 
     """
     kernels = [gaussian_kernel(size, sigma * (1 - i / fold)) for i in range(fold + 1)]
     points = [blur(image, kernel) for kernel in kernels[1:]]
-    slopes = [fold * blur(image, after - before) for before, after in zip(kernels, kernels[1:], strict=False)]
+    slopes = [fold * blur(image, after - before) for before, after in pairwise(kernels)]
     return torch.stack(points), torch.stack(slopes)
 
 
