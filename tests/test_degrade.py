@@ -134,9 +134,10 @@ def test_sinc_is_round_and_padded(cutoff, size):
     torch.testing.assert_close(kernel, kernel.mT)
     inner = kernel[10 - size // 2 : 11 + size // 2, 10 - size // 2 : 11 + size // 2]
     assert inner.count_nonzero() == kernel.count_nonzero()
-    # The ratio of two places is free of the normalisation: c J1(c r) / (2 pi r) at r = 1 over its limit at 0.
-    want = (cutoff * j1(cutoff) / (2 * math.pi)) / (cutoff**2 / (4 * math.pi))
-    assert (kernel[10, 11] / kernel[10, 10]).item() == pytest.approx(want)
+    # The ratio to the centre is free of the normalisation: c J1(c r) / (2 pi r) over its limit at 0, c^2 / (4 pi).
+    for r in range(1, size // 2 + 1):
+        want = 2 * j1(cutoff * r) / (cutoff * r)
+        assert (kernel[10, 10 + r] / kernel[10, 10]).item() == pytest.approx(want, abs=1e-13)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ class RealWorld:
         return self._pair(floating(modcrop(truth, self.scale)), mix("whole", index))
 
     def _pair(self, gt: Tensor, seed: int) -> Sample:
-        lq = sharp = None
+        lq, sharp = gt[None], None
         for step, lq in trace(gt[None], self.degradation.draw(seed, size=(gt.shape[1], gt.shape[2]))):
             sharp = lq if step.name == "sharpen" else sharp
         pair = {"lq": lq[0], "gt": gt}

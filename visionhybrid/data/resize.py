@@ -72,12 +72,12 @@ def _targets(
     sides: tuple[int, ...], scale: float | None, size: tuple[int, int] | None
 ) -> list[tuple[int, int, float]]:
     """(input side, output side, factor) of each axis."""
-    if (scale is None) == (size is None):
-        raise ValueError("imresize: give either scale or size")
-    if scale is not None:
+    if scale is not None and size is None:
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"imresize: scale must be a positive number, got {scale}")
         return [(n, math.ceil(n * scale), scale) for n in sides]
+    if size is None or scale is not None:
+        raise ValueError("imresize: give either scale or size")
     if len(size) != 2 or any(out < 1 or out != int(out) for out in size):
         raise ValueError(f"imresize: size must be two whole numbers of at least 1, got {size}")
     return [(n, int(out), out / n) for n, out in zip(sides, size, strict=True)]

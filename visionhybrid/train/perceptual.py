@@ -34,6 +34,8 @@ class Perceptual(nn.Module):
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
         self.sections = nn.ModuleList()
         given, place = (
             3,
@@ -62,9 +64,10 @@ class Perceptual(nn.Module):
         taken = []
         for section in self.sections:
             x = F.max_pool2d(x, 2) if taken else x
-            for conv in section[:-1]:
+            *inner, last = section.children()
+            for conv in inner:
                 x = F.relu(conv(x))
-            taken.append(section[-1](x))
+            taken.append(last(x))
             x = F.relu(taken[-1])
         return taken
 
@@ -81,7 +84,7 @@ def load(path: str | Path = "") -> Perceptual:
 
 
 def _convolution(state: Mapping[str, Tensor], name: str, given: int, width: int) -> nn.Conv2d:
-    conv = nn.utils.skip_init(nn.Conv2d, given, width, 3, padding=1)
+    conv = nn.Conv2d(given, width, 3, padding=1, device="meta").to_empty(device="cpu")
     for leaf, parameter in conv.named_parameters():
         key = f"{name}.{leaf}"
         if key not in state or state[key].shape != parameter.shape:
