@@ -70,7 +70,8 @@ def test_bell_kernels_golden(kind):
 def test_sinc_kernel_golden():
     facts = CASE.facts["kwargs"]["sinc"]
     got = sinc_kernel(facts["cutoff"], facts["size"], pad_to=21)
-    torch.testing.assert_close(got, CASE.outputs["k_sinc"], rtol=1e-12, atol=1e-15)
+    # The case was made with torch's J1, good to 5e-7; ours is compared with scipy's below.
+    torch.testing.assert_close(got, CASE.outputs["k_sinc"], rtol=0, atol=5e-7)
 
 
 def test_filter2d_golden():
