@@ -289,44 +289,44 @@ def _parse(text: str, hint: Any, key: str) -> Any:
     if origin in (Union, types.UnionType):
         if text.lower() in ("none", "null"):
             return None
-        hint = next(a for a in args if a is not type(None))
-        origin, args = get_origin(hint), get_args(hint)
+        inner = next(a for a in args if a is not type(None))
+        return _parse_plain(text, inner, key, _describe(hint))
+    return _parse_plain(text, hint, key, _describe(hint))
+
+
+def _parse_plain(text: str, hint: Any, key: str, expected: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        parts = [part.strip() for part in text.strip("[]()").split(",")]
+        return tuple(_parse(part, args[0], key) for part in parts if part)
+    if origin is dict:
+        return _typed(_guess(text), hint, key)
+    choices = (
+        _BOOLS if hint is bool else {str(choice): choice for choice in args} if origin is Literal else None
+    )
+    if choices is not None:
+        if (value := choices.get(text.lower() if hint is bool else text, ...)) is not ...:
+            return value
+        near = difflib.get_close_matches(text, choices, 1)
+        raise ConfigError(
+            f"{key}: expected {expected}, got {text!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
     try:
-        if origin is Literal:
-            choices = {str(choice): choice for choice in args}
-            if text not in choices:
-                near = difflib.get_close_matches(text, choices, 1)
-                raise ValueError(f"; did you mean {near[0]!r}?" if near else "")
-            return choices[text]
-        if origin is tuple:
-            parts = [p.strip() for p in text.strip("[]()").split(",")]
-            return tuple(_parse(p, args[0], key) for p in parts if p)
-        if origin is dict:
-            return _typed(json.loads(text), hint, key)
-        if hint is bool:
-            return _BOOLS[text.lower()]
-        if hint is int:
-            return int(text)
-        if hint is float:
-            return float(text)
-        if hint is str:
-            return text
-        raise ValueError
-    except ConfigError:
-        raise
-    except (ValueError, KeyError) as error:
-        hint_text = str(error) if str(error).startswith(";") else ""
-        raise ConfigError(f"{key}: expected {_describe(hint)}, got {text!r}{hint_text}") from None
+        if hint in (int, float, str):
+            return hint(text)
+    except ValueError:
+        pass
+    raise ConfigError(f"{key}: expected {expected}, got {text!r}")
 
 
-def _typed(value: Any, hint: Any, key: str) -> Any:
+def _typed(value: Any, hint: Any, key: str, expected: str = "") -> Any:
     """`value`, read from JSON or given by a recipe, as the type `hint`."""
     origin, args = get_origin(hint), get_args(hint)
-    wrong = ConfigError(f"{key}: expected {_describe(hint)}, got {value!r}")
+    wrong = ConfigError(f"{key}: expected {expected or _describe(hint)}, got {value!r}")
     if origin in (Union, types.UnionType):
         if value is None:
             return None
-        return _typed(value, next(a for a in args if a is not type(None)), key)
+        return _typed(value, next(a for a in args if a is not type(None)), key, _describe(hint))
     if origin is Literal:
         if value not in args:
             raise wrong
@@ -358,7 +358,8 @@ def _build(cls: Any, value: Any, key: str) -> Any:
     for name in value:
         if name not in names:
             near = difflib.get_close_matches(str(name), names, 1, 0.0)[0]
-            raise ConfigError(f"no field {(key + '.' + name).lstrip('.')!r}; the nearest is {near!r}")
+            wrong, right = (f"{key}.{n}".lstrip(".") for n in (name, near))
+            raise ConfigError(f"no field {wrong!r}; the nearest is {right!r}")
     required = [
         f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING
     ]

@@ -39,6 +39,10 @@ from visionhybrid.train.schedule import Rate
 _FROM_CONFIG = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum")
 
 
+class MemoryLimitError(RuntimeError):
+    """One sample does not fit; the message is one line."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Stopped by a signal, after a checkpoint was written."""
 
@@ -162,14 +166,9 @@ class Trainer:
                     raise
                 size = self.micro
             if size == 1 or self.accelerator.num_processes > 1:
-                raise DivergedError(
-                    f"out of memory with {size} samples in a forward pass"
-                    + (
-                        "; lower loop.micro_batch"
-                        if size > 1
-                        else "; lower the image size or use loop.precision=bf16"
-                    )
-                )
+                advice = "lower loop.micro_batch" if size > 1 else "use smaller images or loop.precision=bf16"
+                samples = "1 sample" if size == 1 else f"{size} samples"
+                raise MemoryLimitError(f"out of memory with {samples} in a forward pass; {advice}")
             part.optimizer.zero_grad()
             self._restore(buffers)
             if torch.cuda.is_available():
@@ -425,9 +424,14 @@ def make_accelerator(precision: str) -> Accelerator:
     AcceleratorState._reset_state()
     GradientState._reset_state()
     try:
-        return Accelerator(mixed_precision=precision)
+        accelerator = Accelerator(mixed_precision=precision)
     except ValueError as error:
         raise ConfigError(f"loop.precision: {precision} does not work on this machine: {error}") from None
+    if (
+        precision == "fp16" and accelerator.scaler is None
+    ):  # accelerate would compute in float32 without a word
+        raise ConfigError(f"loop.precision: fp16 does not work on {accelerator.device.type}; use bf16 or no")
+    return accelerator
 
 
 def _prepare(net: nn.Module, loop: Loop) -> None:
