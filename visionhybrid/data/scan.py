@@ -25,7 +25,7 @@ def find_pictures(root: str | Path) -> list[str]:
     seen: set[str] = set()
     for folder, below, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        below[:] = [] if real in seen else [name for name in below if not name.startswith(".")]
+        below[:] = [] if real in seen else sorted(name for name in below if not name.startswith("."))
         if real in seen:
             continue
         seen.add(real)
