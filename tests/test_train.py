@@ -219,7 +219,7 @@ def test_old_ones_go_only_after_the_new_one_verifies(tmp_path, monkeypatch):
 
     monkeypatch.setattr(state, "_put", wrong)
     with pytest.raises(
-        state.CheckpointError, match="what was written does not read back: model.safetensors has"
+        state.CheckpointError, match=r"what was written does not read back: model.safetensors has"
     ):
         saved(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
@@ -277,7 +277,7 @@ def test_too_little_room_is_seen_before_anything_is_written(tmp_path, monkeypatc
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(state.shutil, "disk_usage", lambda path: usage._replace(free=10))
     monkeypatch.setattr(state, "_put", lambda *args: pytest.fail("wrote"))
-    with pytest.raises(state.CheckpointError, match="disk full.*there is no earlier checkpoint"):
+    with pytest.raises(state.CheckpointError, match=r"disk full.*there is no earlier checkpoint"):
         saved(tmp_path, 1)
 
 
@@ -374,7 +374,7 @@ def test_gives_up_in_the_end(tmp_path):
 
     trainer = poisoned(tmp_path, (), config=replace(toy(), guard=Guard(in_a_row=2, rollbacks=2)))
     trainer.task = Always(trainer.config)
-    with pytest.raises(DivergedError, match="went astray 3 times after step 0; lower optim.lr"):
+    with pytest.raises(DivergedError, match=r"went astray 3 times after step 0; lower optim.lr"):
         trainer.fit()
 
 
@@ -582,7 +582,7 @@ def test_impossible_settings(tmp_path, words, message):
 def test_fp16_is_not_replaced_by_something_else(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("fp16 works here")
-    with pytest.raises(ConfigError, match="loop.precision: fp16 does not work on cpu; use bf16 or no"):
+    with pytest.raises(ConfigError, match=r"loop.precision: fp16 does not work on cpu; use bf16 or no"):
         run(toy(loop_precision="fp16"), tmp_path, progress=False)
 
 
