@@ -1,6 +1,7 @@
 """The direction of imports (docs/architecture.md) and the lightness of `import visionhybrid`."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
