@@ -482,11 +482,11 @@ def _places(state: Mapping[str, Tensor]) -> list[str]:
     """Our prefix of each of the authors' blocks, which they number through: the attention blocks show where stages end."""
     n = 1 + max(int(m[1]) for key in state if (m := re.match(r"features\.(\d+)\.", key)))
     ends = [j for j in range(n) if f"features.{j}.e_mhsa.q.weight" in state]
-    widths = [_shape(state, f"features.{j}.mlp.conv2.weight")[0] for j in range(n)]
-    if len(ends) < 3 or ends[-1] != n - 1 or len(set(widths)) == 1:
+    if len(ends) < 3 or ends[-1] != n - 1:
         raise ValueError(f"blocks with attention must close three stages or more, got them at {ends} of {n}")
-    # Stage 0 has no attention: it ends where the width changes.
-    second = next(j for j in range(n) if widths[j] != widths[0])
+    # Stage 0 has no attention; stage 1 begins with the first block that strides or changes the width.
+    embeds = (j for j in range(1, ends[0]) if f"features.{j}.patch_embed.conv.weight" in state)
+    second = next(embeds, ends[0])
     starts = (0, second, ends[0] + 1, ends[-2] + 1)
     places = []
     for j in range(n):
@@ -661,12 +661,12 @@ SYSTEM = System(
     aliases=AUTHORS,
     purpose="Next-ViT: convolution blocks with attention at the end of each stage, made for fast deployment.",
 )
-_TAPS = dict(out_indices=(0, 1, 2, 3))
+_TAPS = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
 register(
     SYSTEM,
     VARIANTS,
     {key: cfg for key, cfg in CFGS.items() if key.split(".")[0] in VARIANTS},
-    feature_cfg=dict(flatten_sequential=True, **_TAPS),
+    feature_cfg=_TAPS,
     weights=WEIGHTS,
 )
 # The getter keeps the model whole, so that `frozen_stages` and `norm_eval` hold in the extractor.
