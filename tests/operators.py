@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from visionhybrid.kernels import linear_attention as linear
+from visionhybrid.kernels import selective_scan as scan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,42 @@ def _linear(B, heads, N, M, D, E, rotated=False, mask=False, **options) -> Calla
     return build
 
 
+def _scan(batch, channels, length, N, groups=1, C=True, bias=True, **options) -> Callable[[], Sample]:
+    def build():
+        shapes = dict(u=(batch, channels, length), delta=(batch, channels, length), A=(channels, N))
+        shapes |= dict(B=(batch, groups, N, length))
+        if C:
+            shapes |= dict(C=(batch, groups, N, length), D=(channels,))
+        if bias:
+            shapes |= dict(delta_bias=(channels,))
+        inputs = {name: torch.randn(*shape, dtype=torch.float64) for name, shape in shapes.items()}
+        inputs["A"] = -(inputs["A"] / 2).exp()
+        if not options.get("delta_softplus"):  # d may be negative, h must not explode
+            for name in {"delta", "delta_bias"} & inputs.keys():
+                inputs[name] *= 0.02
+        return Sample(inputs=inputs, options=options, single=("A", "D", "delta_bias"))
+
+    return build
+
+
+def _scan_ops() -> list[tuple[Any, tuple]]:
+    def args(C, D):
+        inputs = _scan(2, 4, 7, 3, groups=2)().cast(torch.float32)
+        inputs |= {} if C else {"C": None}
+        inputs |= {} if D else {"D": None}
+        return *inputs.values(), True, [False, True]
+
+    ops = scan.eager.OPERATORS
+    plain = [x.detach() if isinstance(x, Tensor) else x for x in args(True, True)]
+    states = [x.detach() if isinstance(x, Tensor) else x for x in args(False, False)]
+    return [
+        (ops.scan, args(True, True)),
+        (ops.scan, args(False, False)),
+        (ops.scan_backward, (torch.randn(2, 4, 7), *plain)),
+        (ops.scan_backward, (torch.randn(2, 4, 3, 7), *states)),
+    ]
+
+
 OPERATORS = {
     "linear_attention": Operator(
         module=linear,
@@ -124,6 +161,38 @@ OPERATORS = {
             "rotated": _linear(2, 2, 37, 70, 32, 40, rotated=True),
             "rotated, padding, sums, softmax, scaled": _linear(
                 2, 1, 37, 70, 80, 80, rotated=True, mask=True, feature_map="softmax", norm="sana", scale=0.5
+            ),
+        },
+    ),
+    "selective_scan": Operator(
+        module=scan,
+        function=scan.selective_scan,
+        ops=_scan_ops,
+        small=_scan(2, 4, 5, 2, groups=2, delta_softplus=True, reverse=(False, True)),
+        drawn=st.builds(
+            lambda batch, per_group, length, N, groups, C, bias, softplus, reverse: _scan(
+                batch,
+                per_group * groups,
+                length,
+                N,
+                groups,
+                C,
+                bias,
+                delta_softplus=softplus,
+                reverse=reverse,
+            ),
+            *(st.integers(1, high) for high in (3, 5, 200, 4, 3)),
+            *(st.booleans() for _ in range(4)),
+        ),
+        samples={
+            "one token": _scan(1, 1, 1, 1, delta_softplus=True),
+            "states, one a channel": _scan(2, 8, 131, 1, groups=4, C=False, delta_softplus=True),
+            "states, three, steps of any sign": _scan(2, 6, 67, 3, groups=2, C=False, bias=False),
+            "16 states, skip": _scan(1, 12, 130, 16, delta_softplus=True),
+            "a group a channel": _scan(2, 3, 40, 2, groups=3, delta_softplus=True),
+            "reversed": _scan(2, 6, 65, 1, delta_softplus=True, reverse=True),
+            "cross-scan": _scan(
+                1, 20, 99, 2, groups=4, delta_softplus=True, reverse=(False, False, True, True)
             ),
         },
     ),

@@ -8,11 +8,12 @@ two and is as small as a head, so averaging and the all-reduce are ordinary PyTo
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from visionhybrid.kernels.operators import end_of_derivatives, register
 
 
 class Operators(NamedTuple):
@@ -50,11 +51,11 @@ def define(
     backend: str, state: Callable, state_backward: Callable, apply: Callable, apply_backward: Callable
 ) -> Operators:
     """Registers the four functions of a backend; their signatures are those of `eager.py`."""
-    prefix = f"visionhybrid::linear_attention_{backend}"
-    state_op = _operator(f"{prefix}_state", state)
-    state_backward_op = _operator(f"{prefix}_state_backward", state_backward)
-    apply_op = _operator(f"{prefix}_apply", apply)
-    apply_backward_op = _operator(f"{prefix}_apply_backward", apply_backward)
+    prefix = f"linear_attention_{backend}"
+    state_op = register(f"{prefix}_state", state)
+    state_backward_op = register(f"{prefix}_state_backward", state_backward)
+    apply_op = register(f"{prefix}_apply", apply)
+    apply_backward_op = register(f"{prefix}_apply_backward", apply_backward)
 
     @state_op.register_fake
     def _(k, v, k_rotated, keep, feature_map):
@@ -93,7 +94,7 @@ def define(
     state_op.register_autograd(state_gradient, setup_context=save_state)
     apply_op.register_autograd(apply_gradient, setup_context=save_apply)
     for op in (state_backward_op, apply_backward_op):
-        op.register_autograd(_no_second_derivative)
+        end_of_derivatives(op, "linear_attention")
     return Operators(state_op, apply_op, state_backward_op, apply_backward_op)
 
 
@@ -119,19 +120,3 @@ def compose(
         # S only: the normaliser stays.
         state = torch.cat([state[..., :-1] * scale, state[..., -1:]], -1)
     return operators.apply(q, state, q_rotated, feature_map, norm != "none", eps)
-
-
-def _operator(name: str, body: Callable) -> Any:
-    @wraps(body)
-    def without_autocast(*args):
-        # Autocast reaches into an operator and would round the float32 sums inside.
-        with torch.autocast(args[0].device.type, enabled=False):
-            return body(*args)
-
-    return torch.library.custom_op(name, without_autocast, mutates_args=())
-
-
-def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError(
-        "linear_attention: second derivatives are not implemented; backend='reference' has them"
-    )

@@ -1,0 +1,144 @@
+"""The selective scan: the published implementations' numbers, directions, extremes, errors, memory."""
+
+import pytest
+import torch
+from golden import list_cases, load_case
+
+from visionhybrid.kernels.selective_scan import arguments, eager, selective_scan
+
+BACKENDS = ("reference", "eager")
+CASES = [name for name in list_cases() if name.startswith(("scan_", "scanstate_"))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_published_extensions(name, backend):
+    case = load_case(name)
+    inputs = {key: case.input(key).requires_grad_() for key in case.facts["inputs"] if key != "g"}
+    out = selective_scan(
+        inputs["u"],
+        inputs["delta"],
+        -inputs["A_log"].exp(),
+        inputs["B"],
+        inputs.get("C"),
+        inputs.get("Dskip"),
+        delta_bias=inputs.get("delta_bias"),
+        delta_softplus=case.facts["kwargs"]["delta_softplus"],
+        backend=backend,
+    )
+    out.backward(case.input("g").to(out.dtype))
+    results = {"y" if "C" in inputs else "states": out} | {f"d{key}": x.grad for key, x in inputs.items()}
+    for key, got in results.items():
+        # Long cases store every third token.
+        thinned = got.ndim > 2 and got.shape[-1] != case.outputs[key].shape[-1]
+        case.check(key, got[..., ::3] if thinned else got)
+
+
+def problem(batch=2, channels=6, length=37, N=2, groups=2, dtype=torch.float64):
+    def draw(*shape):
+        return torch.randn(*shape, dtype=dtype)
+
+    return dict(
+        u=draw(batch, channels, length),
+        delta=draw(batch, channels, length),
+        A=-draw(channels, N).exp(),
+        B=draw(batch, groups, N, length),
+        C=draw(batch, groups, N, length),
+        D=draw(channels),
+        delta_bias=draw(channels),
+        delta_softplus=True,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_direction_for_each_group(backend):
+    """Reversed is flipped, scanned, flipped; and groups do not touch."""
+    given = problem()
+
+    def flipped(x):
+        return x.flip(-1) if isinstance(x, torch.Tensor) and x.ndim > 2 else x
+
+    forward = selective_scan(**given, backend=backend)
+    backward = selective_scan(**{k: flipped(x) for k, x in given.items()}, backend=backend).flip(-1)
+    mixed = selective_scan(**given, reverse=(False, True), backend=backend)
+    torch.testing.assert_close(mixed[:, :3], forward[:, :3])
+    torch.testing.assert_close(mixed[:, 3:], backward[:, 3:])
+
+
+def test_one_group_may_be_left_out_of_the_shape():
+    given = problem(groups=1)
+    short = given | dict(B=given["B"][:, 0], C=given["C"][:, 0])
+    torch.testing.assert_close(selective_scan(**given), selective_scan(**short))
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 10**9])
+def test_chunks_do_not_show(chunk, monkeypatch):
+    given = problem(batch=3)
+    leaves = [x.requires_grad_() for x in given.values() if isinstance(x, torch.Tensor)]
+    cotangent = torch.randn(3, 6, 37, dtype=torch.float64)
+    want = selective_scan(**given, reverse=(True, False), backend="reference")
+    want = [want, *torch.autograd.grad(want, leaves, cotangent)]
+    monkeypatch.setattr(eager, "CHUNK", chunk)
+    got = selective_scan(**given, reverse=(True, False))
+    got = [got, *torch.autograd.grad(got, leaves, cotangent)]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_half_precision_keeps_large_states():
+    """Slow decay over 4000 tokens: states near 4000 and increments near 1 that a half-precision state would lose."""
+    u = torch.ones(1, 1, 4000)
+    given = dict(delta=torch.ones(1, 1, 4000), A=torch.full((1, 1), -1e-5), B=torch.ones(1, 1, 1, 4000))
+    half = {k: x if k == "A" else x.bfloat16() for k, x in given.items()}
+    states = selective_scan(u.bfloat16(), **half)
+    assert states.dtype == torch.float32
+    torch.testing.assert_close(
+        states.double(), selective_scan(u, **given, backend="reference"), rtol=1e-4, atol=0
+    )
+
+
+def test_extreme_steps():
+    """softplus far below zero is 0 and passes the state on; far above it forgets; nothing overflows."""
+    given = problem(dtype=torch.float32)
+    given["delta"] = 100 * given["delta"]
+    leaves = [x.requires_grad_() for x in given.values() if isinstance(x, torch.Tensor)]
+    got, want = (selective_scan(**given, backend=backend) for backend in ("eager", "reference"))
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    for grad in torch.autograd.grad(got, leaves, torch.randn_like(got)):
+        assert torch.isfinite(grad).all()
+
+
+def test_a_batch_of_none():
+    given = problem(batch=0)
+    assert selective_scan(**given).shape == (0, 6, 37)
+
+
+def test_the_reference_has_second_derivatives():
+    given = problem(batch=1, channels=2, length=3, N=1, groups=1)
+    leaves = {k: x.requires_grad_() for k, x in given.items() if isinstance(x, torch.Tensor)}
+    assert torch.autograd.gradgradcheck(
+        lambda *x: selective_scan(
+            **dict(zip(leaves, x, strict=True)), delta_softplus=True, backend="reference"
+        ),
+        tuple(leaves.values()),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(u=torch.randn(6, 37)), r"u must be \(batch, channels, length\).*got torch.float32 \(6, 37\)"),
+        (dict(u=torch.randn(2, 6, 0)), r"u must be .*not empty, got torch.float32 \(2, 6, 0\)"),
+        (dict(delta=torch.randn(2, 6, 36)), r"delta must be \(2, 6, 37\).*got \(2, 6, 36\)"),
+        (dict(A=torch.randn(5, 2)), r"A must be \(6, N\).*got \(5, 2\)"),
+        (dict(B=torch.randn(2, 4, 2, 37)), r"B must be .*groups dividing 6, got \(2, 4, 2, 37\)"),
+        (dict(C=torch.randn(2, 2, 3, 37)), r"C must be \(2, 2, 2, 37\).*got \(2, 2, 3, 37\)"),
+        (dict(C=None), "D adds to the output; without C"),
+        (dict(D=torch.randn(5)), r"D must be \(6,\).*got \(5,\)"),
+        (dict(delta=torch.randn(2, 6, 37).half()), "delta must be torch.float32 beside u of torch.float32"),
+        (dict(reverse=(True,) * 3), r"reverse needs one value a group \(2\), got 3"),
+    ],
+)
+def test_bad_input_names_it(change, message):
+    with pytest.raises(ValueError, match=f"selective_scan: {message}"):
+        arguments(**problem(dtype=torch.float32) | change)
