@@ -44,8 +44,10 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.compiler.is_exporting():
             return super().forward(x)
-        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias)
-        return y.permute(0, 2, 3, 1)
+        # Rows become the batch: of a batch of one, PyTorch runs a 1x1 convolution elsewhere if it has a single thread.
+        rows = x.flatten(0, 1)[:, None].permute(0, 3, 1, 2)  # (B * H, C, 1, W)
+        y = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:3], -1)
 
 
 class LayerNorm(nn.LayerNorm):

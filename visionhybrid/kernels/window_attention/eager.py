@@ -1,8 +1,9 @@
-"""Window attention in PyTorch operations: one strip of windows at a time, gradients by recomputation.
+"""Window attention in PyTorch operations: one row of windows at a time, gradients by recomputation.
 
 The softmax has base 2 (log2(e) is multiplied into q and the bias: `exp2` is 4 x faster than MKL's `exp` on AMD CPUs) and no
-row maximum: a column of ones beside v gives the normaliser with the product that is needed anyway. That is exact as long as the
-normaliser lies in `SAFE`; a strip where it does not is computed again in the usual way.
+row maximum: a row of ones under v^T gives the normaliser with the product that is needed anyway. That is exact as long as the
+normaliser lies in `SAFE`; a row of windows where it does not is computed again in the usual way. The second product is taken
+transposed, v^T weights^T: with a head dim of 24 or 30 that is up to 1.9 x faster in MKL.
 """
 
 from __future__ import annotations
@@ -89,79 +90,104 @@ def _masks(window: Pair, shift: Pair, device: torch.device, dtype: torch.dtype) 
     return mask.unflatten(0, (2, 2))
 
 
-class _Strips:
-    """What forward and backward share: rolled and padded maps, their windows, the logits' constant part."""
+class _Grid:
+    """What forward and backward share: the grid's bands and windows, and the constant part of the logits."""
 
     def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        window: list[int],
-        reach: list[int],
-        shift: list[int],
-        scale: float,
+        self, q: Tensor, bias: Tensor | None, window: list[int], reach: list[int], shift: list[int]
     ) -> None:
-        self.window, self.reach, self.shift = (
-            (window[0], window[1]),
-            (reach[0], reach[1]),
-            (shift[0], shift[1]),
-        )
+        self.window, self.reach, self.shift = tuple(window), tuple(reach), tuple(shift)
+        self.pad = tuple((e - w) // 2 for e, w in zip(reach, window, strict=True))
+        self.rows, self.columns = q.shape[1] // window[0], q.shape[2] // window[1]
         # bfloat16 has float32's range, so its logits are safe; float16's are not.
         self.dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
-        self.scale, self.heads = scale, q.shape[3]
-        self.queries, self.keys = window[0] * window[1], reach[0] * reach[1]
-        self.bias = self._constant(bias, q)
+        self.wide = torch.promote_types(q.dtype, torch.float32)
+        self.shape = (q.shape[3], window[0] * window[1], reach[0] * reach[1])  # heads, queries, keys
+        self.constants = self._constants(bias, q)
 
-    def _constant(self, bias: Tensor | None, like: Tensor) -> dict[tuple[bool, bool], Tensor | None]:
+    def _constants(self, bias: Tensor | None, q: Tensor) -> dict[tuple[bool, bool], Tensor | None]:
         """Bias plus mask times log2(e), (heads, N, M), by (in the last row, in the last column)."""
+        shifted = any(self.shift)
+        base = None if bias is None else bias.to(self.wide) * LOG2E
+        masks = _masks(self.window, self.shift, q.device, self.wide) * LOG2E if shifted else None
+
+        def constant(down: bool, across: bool) -> Tensor | None:
+            if masks is None or not (down or across):
+                total = base
+            else:
+                total = (
+                    masks[int(down), int(across)] if base is None else base + masks[int(down), int(across)]
+                )
+            return None if total is None else total.to(self.dtype).expand(self.shape).contiguous()
+
         ends = [(False, False), (False, True), (True, False), (True, True)]
-        if bias is None and not any(self.shift):
-            return dict.fromkeys(ends)
-        total = like.new_zeros(1, 1, 1, dtype=torch.float32) if bias is None else bias.float()
-        if self.dtype == torch.float64:
-            total = total.double() if bias is None else bias.double()
-        total = total * LOG2E
-        shape = (self.heads, self.queries, self.keys)
-        if not any(self.shift):
-            return dict.fromkeys(ends, total.expand(shape).to(self.dtype).contiguous())
-        masks = _masks(self.window, self.shift, like.device, total.dtype) * LOG2E
-        return {
-            (down, across): (total + masks[int(down), int(across)]).to(self.dtype).expand(shape).contiguous()
-            for down, across in ends
-        }
+        if not shifted:
+            return dict.fromkeys(ends, constant(False, False))
+        return {end: constant(*end) for end in ends}
 
-    def roll(self, t: Tensor) -> Tensor:
-        return t.roll((-self.shift[0], -self.shift[1]), (1, 2)) if any(self.shift) else t
+    def logits(self, out: Tensor, row: int, column: int, q: Tensor, k: Tensor) -> Tensor:
+        """Base-2 logits of one window, (heads, N, M), into `out`."""
+        constant = self.constants[row == self.rows - 1, column == self.columns - 1]
+        if constant is None:
+            return torch.bmm(q, k.transpose(1, 2), out=out)
+        return torch.baddbmm(constant, q, k.transpose(1, 2), out=out)
 
-    def unroll(self, t: Tensor) -> Tensor:
-        return t.roll(self.shift, (1, 2)) if any(self.shift) else t
+    def band(self, t: Tensor, row: int, size: Pair) -> Tensor:
+        """The part of `t`, (H, W, heads, D), under one row of windows of `size`: rolled or padded, a view if it can be."""
+        H, W = t.shape[:2]
+        top = row * self.window[0] + self.shift[0]
+        if size != self.window:
+            ph, pw = self.pad
+            first, last = max(top - ph, 0), min(top + size[0] - ph, H)
+            band = t.new_zeros(size[0], W + 2 * pw, *t.shape[2:])
+            band[first - top + ph : last - top + ph, pw : pw + W] = t[first:last]
+            return band
+        band = t[top : top + size[0]]
+        if top + size[0] > H:
+            band = torch.cat([band, t[: top + size[0] - H]])
+        if self.shift[1]:
+            band = torch.cat([band[:, self.shift[1] :], band[:, : self.shift[1]]], dim=1)
+        return band
 
-    def query_tiles(self, t: Tensor) -> Tensor:
-        return _tiles(self.roll(t), self.window, self.window)
+    def put(self, t: Tensor, row: int, band: Tensor) -> None:
+        """Write a band back where `band` took it from; bands that overlap are added."""
+        H, W = t.shape[:2]
+        top = row * self.window[0] + self.shift[0]
+        if band.shape[:2] != (self.window[0], W):
+            ph, pw = self.pad
+            first, last = max(top - ph, 0), min(top + band.shape[0] - ph, H)
+            t[first:last] += band[first - top + ph : last - top + ph, pw : pw + W]
+            return
+        inside, cut = min(H - top, band.shape[0]), W - self.shift[1]
+        for target, source in (
+            (t[top : top + inside], band[:inside]),
+            (t[: band.shape[0] - inside], band[inside:]),
+        ):
+            target[:, self.shift[1] :] = source[:, :cut]
+            target[:, : self.shift[1]] = source[:, cut:]
 
-    def key_tiles(self, t: Tensor) -> Tensor:
-        return _tiles(_padded(self.roll(t), self.window, self.reach), self.reach, self.window)
+    def windows(self, t: Tensor, row: int, size: Pair) -> Tensor:
+        """One row of windows, (columns, height, width, heads, D)."""
+        return self.band(t, row, size).unfold(1, size[1], self.window[1]).permute(1, 0, 4, 2, 3)
 
-    def pack(self, strip: Tensor, factor: float = 1.0, ones: int = 0) -> Tensor:
-        """One row of windows, (columns, height, width, heads, D) -> (columns, heads, tokens, D + ones), `factor` times."""
-        columns, height, width, heads, dim = strip.shape
-        out = strip.new_empty(columns, heads, height * width, dim + ones, dtype=self.dtype)
-        inner = out[..., :dim].unflatten(2, (height, width))
-        inner.copy_(strip.permute(0, 3, 1, 2, 4))
-        if factor != 1.0:
-            inner.mul_(factor)
-        if ones:
-            out[..., dim:] = 1.0
-        return out
+    def rows_of(self, windows: Tensor, factor: float = 1.0) -> Tensor:
+        """(columns, height, width, heads, D) -> (columns, heads, tokens, D), `factor` times."""
+        columns, height, width, heads, dim = windows.shape
+        out = windows.new_empty(columns, heads, height, width, dim, dtype=self.dtype)
+        torch.mul(windows.permute(0, 3, 1, 2, 4).to(self.dtype), factor, out=out)
+        return out.flatten(2, 3)
 
+    def columns_of(self, windows: Tensor, ones: int = 0) -> Tensor:
+        """(columns, height, width, heads, D) -> (columns, heads, D + ones, tokens), then `ones` rows of ones."""
+        columns, height, width, heads, dim = windows.shape
+        out = windows.new_empty(columns, heads, dim + ones, height, width, dtype=self.dtype)
+        out[:, :, :dim] = windows.permute(0, 3, 4, 1, 2)
+        out[:, :, dim:] = 1.0
+        return out.flatten(3)
 
-def _logits(out: Tensor, bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
-    """Base-2 logits of one window, (heads, N, M), into `out`."""
-    if bias is None:
-        return torch.bmm(q, k.transpose(1, 2), out=out)
-    return torch.baddbmm(bias, q, k.transpose(1, 2), out=out)
+    def as_band(self, columns: Tensor) -> Tensor:
+        """(columns, heads, D, tokens) -> band (height, columns * width, heads, D)."""
+        return columns.unflatten(3, self.window).permute(3, 0, 4, 1, 2).flatten(1, 2)
 
 
 @torch.library.custom_op("visionhybrid::window_attention", mutates_args=())
@@ -176,40 +202,34 @@ def _attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output map, and log2 of each softmax's normaliser, (B, rows, columns, heads, N)."""
-    s = _Strips(q, k, v, bias, window, reach, shift, scale)
-    q_tiles, k_tiles, v_tiles = s.query_tiles(q), s.key_tiles(k), s.key_tiles(v)
-    B, rows, columns = q_tiles.shape[:3]
+    g = _Grid(q, bias, window, reach, shift)
+    heads, queries, _ = g.shape
     dim = v.shape[4]
-    out = v.new_empty(*v.shape)
-    out_tiles = _tiles(out, s.window, s.window)
-    wide = torch.float64 if s.dtype == torch.float64 else torch.float32
-    lse = v.new_empty(B, rows, columns, s.heads, s.queries, dtype=wide)
-    weights = q.new_empty(s.heads, s.queries, s.keys, dtype=s.dtype)
-    for b in range(B):
-        for row in range(rows):
-            qs = s.pack(q_tiles[b, row], scale * LOG2E)
-            ks, vs = s.pack(k_tiles[b, row]), s.pack(v_tiles[b, row], ones=1)
-            sums = qs.new_empty(columns, s.heads, s.queries, dim + 1)
-            for column in range(columns):
-                constant = s.bias[row == rows - 1, column == columns - 1]
-                _logits(weights, constant, qs[column], ks[column])
+    out = v.new_empty(v.shape)
+    lse = v.new_empty(len(q), g.rows, g.columns, heads, queries, dtype=g.wide)
+    weights = q.new_empty(g.shape, dtype=g.dtype)
+    sums = q.new_empty(g.columns, heads, dim + 1, queries, dtype=g.dtype)
+    norm = sums[:, :, dim:]
+    for b in range(len(q)):
+        for row in range(g.rows):
+            qs = g.rows_of(g.windows(q[b], row, g.window), scale * LOG2E)
+            ks = g.rows_of(g.windows(k[b], row, g.reach))
+            vs = g.columns_of(g.windows(v[b], row, g.reach), ones=1)
+            for column in range(g.columns):
+                g.logits(weights, row, column, qs[column], ks[column])
                 torch.exp2(weights, out=weights)
-                torch.bmm(weights, vs[column], out=sums[column])
-            norm = sums[..., dim:]
+                torch.bmm(vs[column], weights.transpose(1, 2), out=sums[column])
             low, high = torch.aminmax(norm)
             if low > SAFE[0] and high < SAFE[1]:
-                lse[b, row].copy_(norm[..., 0]).log2_()
+                lse[b, row].copy_(norm[:, :, 0]).log2_()
             else:
-                for column in range(columns):
-                    constant = s.bias[row == rows - 1, column == columns - 1]
-                    _logits(weights, constant, qs[column], ks[column])
-                    top = weights.amax(-1, keepdim=True)
+                for column in range(g.columns):
+                    top = g.logits(weights, row, column, qs[column], ks[column]).amax(-1, keepdim=True)
                     torch.exp2(weights.sub_(top), out=weights)
-                    torch.bmm(weights, vs[column], out=sums[column])
-                    lse[b, row, column] = norm[column, ..., 0].to(wide).log2() + top[..., 0]
-            average = (sums[..., :dim] / norm).unflatten(2, s.window)
-            out_tiles[b, row].copy_(average.permute(0, 2, 3, 1, 4))
-    return s.unroll(out), lse
+                    torch.bmm(vs[column], weights.transpose(1, 2), out=sums[column])
+                    lse[b, row, column] = norm[column, :, 0].to(g.wide).log2() + top[..., 0]
+            g.put(out[b], row, g.as_band(sums[:, :, :dim] / norm))
+    return out, lse
 
 
 @_attention.register_fake
@@ -235,50 +255,41 @@ def _attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the bias (empty without one)."""
-    s = _Strips(q, k, v, bias, window, reach, shift, scale)
-    wide = lse.dtype
-    q_tiles, k_tiles, v_tiles, grad_tiles = (
-        s.query_tiles(q),
-        s.key_tiles(k),
-        s.key_tiles(v),
-        s.query_tiles(grad),
-    )
-    # d out / d logits needs each row's mean gradient, sum_j weight_j d_j = grad . out
-    mean = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
-    mean_tiles = s.query_tiles(mean)
-    B, rows, columns = q_tiles.shape[:3]
-    dq = q.new_empty(*q.shape)
-    dk, dv = (_padded(t.new_zeros(*t.shape, dtype=wide), s.window, s.reach) for t in (k, v))
-    dq_tiles = _tiles(dq, s.window, s.window)
-    dk_tiles, dv_tiles = _tiles(dk, s.reach, s.window), _tiles(dv, s.reach, s.window)
-    dbias = q.new_zeros(0 if bias is None else bias.shape, dtype=wide)
-    weights = q.new_empty(s.heads, s.queries, s.keys, dtype=s.dtype)
+    g = _Grid(q, bias, window, reach, shift)
+    dq = q.new_empty(q.shape)
+    dk, dv = (t.new_zeros(t.shape, dtype=g.wide) for t in (k, v))
+    dbias = q.new_zeros(0 if bias is None else bias.shape, dtype=g.wide)
+    weights = q.new_empty(g.shape, dtype=g.dtype)
     slopes = torch.empty_like(weights)
-    for b in range(B):
-        for row in range(rows):
-            qs = s.pack(q_tiles[b, row], scale * LOG2E)
-            ks, vs, gs = s.pack(k_tiles[b, row]), s.pack(v_tiles[b, row]), s.pack(grad_tiles[b, row])
-            means = s.pack(mean_tiles[b, row])
-            for column in range(columns):
-                constant = s.bias[row == rows - 1, column == columns - 1]
-                _logits(weights, constant, qs[column], ks[column])
+    for b in range(len(q)):
+        for row in range(g.rows):
+            qs = g.rows_of(g.windows(q[b], row, g.window), scale * LOG2E)
+            ks = g.rows_of(g.windows(k[b], row, g.reach))
+            vs = g.columns_of(g.windows(v[b], row, g.reach))
+            gs, outs = (g.rows_of(g.windows(t[b], row, g.window)) for t in (grad, out))
+            # The slope of a softmax needs each row's mean gradient: sum_j weight_j grad . v_j = grad . out
+            mean = (gs.to(g.wide) * outs.to(g.wide)).sum(-1, keepdim=True).to(g.dtype)
+            queries = torch.empty_like(qs)
+            band_k, band_v = (torch.zeros_like(g.band(t[b], row, g.reach)) for t in (dk, dv))
+            for column in range(g.columns):
+                g.logits(weights, row, column, qs[column], ks[column])
                 torch.exp2(weights.sub_(lse[b, row, column][..., None]), out=weights)
-                torch.bmm(gs[column], vs[column].transpose(1, 2), out=slopes)
-                values = torch.bmm(weights.transpose(1, 2), gs[column])
-                slopes.sub_(means[column]).mul_(weights)
+                torch.bmm(gs[column], vs[column], out=slopes)
+                slopes.sub_(mean[column]).mul_(weights)
                 if bias is not None:
                     dbias.add_(slopes)
-                keys = torch.bmm(slopes.transpose(1, 2), qs[column]).div_(LOG2E)
-                queries = torch.bmm(slopes, ks[column]).mul_(scale)
-                dq_tiles[b, row, column].copy_(queries.unflatten(1, s.window).permute(1, 2, 0, 3))
-                dk_tiles[b, row, column].add_(keys.unflatten(1, s.reach).permute(1, 2, 0, 3))
-                dv_tiles[b, row, column].add_(values.unflatten(1, s.reach).permute(1, 2, 0, 3))
-    top, left = (s.reach[0] - s.window[0]) // 2, (s.reach[1] - s.window[1]) // 2
-    dk, dv = (
-        s.unroll(t[:, top : top + q.shape[1], left : left + q.shape[2]]).to(q.dtype).contiguous()
-        for t in (dk, dv)
-    )
-    return s.unroll(dq), dk, dv, dbias if bias is None else dbias.to(bias.dtype)
+                torch.bmm(slopes, ks[column], out=queries[column])
+                left = column * g.window[1]
+                for band, part in (
+                    (band_k, torch.bmm(slopes.transpose(1, 2), qs[column]).div_(LOG2E)),
+                    (band_v, torch.bmm(weights.transpose(1, 2), gs[column])),
+                ):
+                    part = part.unflatten(1, g.reach).permute(1, 2, 0, 3)
+                    band[:, left : left + g.reach[1]] += part
+            g.put(dq[b], row, g.as_band(queries.mul_(scale).transpose(2, 3)))
+            g.put(dk[b], row, band_k)
+            g.put(dv[b], row, band_v)
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias if bias is None else dbias.to(bias.dtype)
 
 
 @_attention_backward.register_fake
