@@ -196,6 +196,15 @@ def test_the_first_of_several_frames_is_read_and_said(tmp_path):
         assert (stored(picture) == 40).all()
 
 
+def test_the_pictures_that_a_telephone_puts_behind_the_first_are_no_frames(tmp_path):
+    first, second = (Image.fromarray(np.full((16, 16, 3), value, np.uint8)) for value in (40, 80))
+    first.save(tmp_path / "x.mpo", save_all=True, append_images=[second])
+    (tmp_path / "x.mpo").rename(tmp_path / "x.jpg")
+    picture = read_image(tmp_path / "x.jpg")
+    assert (picture.format, picture.notes) == ("JPEG", ())
+    assert (stored(picture) == 40).all()
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
 def test_orientation_is_applied_and_reset(tmp_path, suffix, orientation):

@@ -381,6 +381,17 @@ def test_every_kind_of_file_comes_back_as_it_was(tmp_path, name, channels, bits,
     assert picture.dpi is None if name == "x.webp" else picture.dpi == pytest.approx((300, 300), rel=1e-3)
 
 
+@pytest.mark.parametrize(("in_chans", "mode"), [(1, "L"), (3, "L"), (1, "RGB"), (3, "RGB")])
+def test_jpeg_files_stay_grey_or_coloured(tmp_path, in_chans, mode):
+    x = np.add.outer(np.arange(16) * 4, np.arange(24) * 6).astype(np.uint8)
+    x = x if mode == "L" else np.dstack([x, x[::-1], x[:, ::-1]])
+    Image.fromarray(x).save(tmp_path / "x.jpg", quality=100, subsampling=0)
+    assert restore_path(Enlarge(in_chans=in_chans), tmp_path / "x.jpg", tmp_path / "y.jpg", quality=100).ok
+    with Image.open(tmp_path / "y.jpg") as image:
+        assert image.mode == mode
+        assert np.abs(np.asarray(image).astype(int) - grown(x)).max() <= 4
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_come_out_upright(tmp_path, orientation):
     exif = Image.Exif()
@@ -556,6 +567,16 @@ def test_a_mistake_in_the_model_is_not_taken_for_a_bad_file(tmp_path):
         restore_path(Wrong(), tmp_path / "a.png", tmp_path / "b.png")
 
 
+def test_a_folder_that_cannot_be_made(tmp_path):
+    save(tmp_path / "in/sub/a.png")
+    save(tmp_path / "in/b.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/sub").write_text("a file in the way")
+    report = restore_path(Enlarge(), tmp_path / "in", tmp_path / "out", recursive=True)
+    assert [d.source.name for d in report.done] == ["b.png"]
+    assert "its folder cannot be made: " in report.failed[0][1]
+
+
 def test_ctrl_c_leaves_no_half_file(tmp_path, monkeypatch):
     save(tmp_path / "in/a.png")
     save(tmp_path / "in/b.png")
@@ -636,7 +657,7 @@ def test_memory_of_a_long_run_stays_flat(tmp_path):
 def test_progress_shows_on_a_terminal_and_nowhere_else(tmp_path, monkeypatch, capsys):
     from visionhybrid.infer import progress
 
-    save(tmp_path / "in/a.png")
+    save(tmp_path / "in/[red]a.png")
     restore_path(Enlarge(), tmp_path / "in", tmp_path / "out", progress=True)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(progress, "_PATIENCE", 0.0)
@@ -650,7 +671,7 @@ def test_progress_shows_on_a_terminal_and_nowhere_else(tmp_path, monkeypatch, ca
 
     restore_path(Slow(), tmp_path / "in", tmp_path / "out", overwrite=True)
     shown = capsys.readouterr().err
-    assert "a.png (1 of 1)" in shown
+    assert "[red]a.png (1 of 1)" in shown  # a name is no markup
     assert "%" in shown
 
 

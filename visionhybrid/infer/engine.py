@@ -13,6 +13,10 @@ from visionhybrid.data.images import Picture
 from visionhybrid.infer import memory
 from visionhybrid.infer.tiles import tiled
 
+# Two windows of HAT. Measured on a small HAT x2 (window 8, its channel attention at 100 times the usual weight, trained on the
+# sample photographs), tiles of 64 on the three held-out ones: overlap 0 loses up to 0.05 dB and shows seams of 37 grey
+# levels; two windows (16) stay within 0.003 dB and 0.8 levels of the whole image, and more overlap gains nothing: what
+# is left is the channel attention, which averages over the tile. (tests/test_restoration.py has the like with random weights.)
 OVERLAP = 32
 
 

@@ -221,7 +221,10 @@ def _one(engine: Engine, source: Path, target: Path, quality: int | None, advanc
     size = (width * engine.scale, height * engine.scale)
     if reason := misfit(format, size, picture.alpha is not None):
         raise ImageError(target, reason)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ImageError(target, f"its folder cannot be made: {error.strerror}") from error
     write_image(target, engine.picture(picture, advance), format=format, quality=quality)
     rounded = ("16 bits rounded to 8",) if picture.bits == 16 and format in ("JPEG", "WEBP") else ()
     return Done(source, target, size, time.monotonic() - start, picture.notes + rounded)

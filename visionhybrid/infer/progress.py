@@ -27,7 +27,8 @@ def bar(enabled: bool, text: str) -> Iterator[Callable[..., None]]:
     if not (enabled and (console.is_terminal or console.is_jupyter)):
         yield lambda fraction, text=None: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    # No markup: file names may hold brackets.
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
     progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
     task = progress.add_task(text, total=1.0)
     # A timer, not a check in `update`: the first tile may itself take a minute.
