@@ -586,6 +586,34 @@ def test_golden_nextvit(name):
     assert {"logits", "stage3"} & got.keys()
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("nextvit_custom_129x97", "features.1.norm.weight"), ("hat_tiny_x3_24x40", "layers.1.conv.bias")],
+)
+def test_golden_states_are_loaded_strictly(name, key):
+    """One key too few, one too many, both (then both are told), one of another shape."""
+    state, given = load_case(name).state_dict(), KEYWORDS.get(name, {})
+    fewer = {k: v for k, v in state.items() if k != key}
+    with pytest.raises(ValueError, match="1 missing: "):
+        visionhybrid.load(fewer, **given)
+    with pytest.raises(ValueError, match=r"1 unexpected: extra\.weight$"):
+        visionhybrid.load({**state, "extra.weight": torch.zeros(1)}, **given)
+    with pytest.raises(ValueError, match=r"1 missing: .*1 unexpected: extra\.weight"):
+        visionhybrid.load({**fewer, "extra.weight": torch.zeros(1)}, **given)
+    with pytest.raises(ValueError, match=r"1 of another shape: .* \(file \(3,\), model"):
+        visionhybrid.load({**state, key: torch.zeros(3)}, **given)
+
+
+@pytest.mark.parametrize("name", ["nextvit_custom_129x97", "hat_tiny_x3_24x40"])
+def test_absurd_shapes_are_value_errors(name):
+    state, given = load_case(name).state_dict(), KEYWORDS.get(name, {})
+    for shape in ((), (0,), (1,), (0, 0, 0, 0)):
+        for key in [*list(state)[:8], *list(state)[-4:]]:
+            if state[key].shape != shape:
+                with pytest.raises(ValueError, match="state dict: "):
+                    visionhybrid.load({**state, key: torch.zeros(shape)}, **given)
+
+
 # The attribution map of a model (hat_*_lam_*) is infer's to check; loading that model is the same as loading the others.
 HAT = [name for name in whole_models("hat") if "_lam_" not in name]
 

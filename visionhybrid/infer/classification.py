@@ -10,12 +10,16 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import ImageNetInfo, create_transform, resolve_data_config
+from timm.data import (  # pyright: ignore[reportPrivateImportUsage], public all the same
+    ImageNetInfo,
+    create_transform,
+    resolve_data_config,
+)
 from torch import Tensor, nn
 
 from visionhybrid.data.images import READ_SUFFIXES, ImageError, read_image
@@ -126,7 +130,9 @@ def _transform(model: nn.Module) -> tuple[Callable[[Image.Image], Tensor], str]:
     for name in ("mean", "std"):  # of a colour model's description, where the model is grey: their mean
         values = tuple(cfg[name])
         cfg[name] = values if len(values) == channels else (sum(values) / len(values),) * channels
-    return create_transform(**cfg, is_training=False), "RGB" if channels == 3 else "L"
+    return cast(
+        "Callable[[Image.Image], Tensor]", create_transform(**cfg, is_training=False)
+    ), "RGB" if channels == 3 else "L"
 
 
 def _batch(
@@ -135,7 +141,7 @@ def _batch(
     start: int,
     transform: Callable[[Image.Image], Tensor],
     mode: str,
-    names: Sequence[str],
+    names: list[str],
     topk: int,
 ) -> list[Prediction]:
     found: list[Prediction | None] = []
@@ -158,7 +164,7 @@ def _batch(
     ]
 
 
-def _prediction(source: str, probabilities: Tensor, names: Sequence[str], topk: int) -> Prediction:
+def _prediction(source: str, probabilities: Tensor, names: list[str], topk: int) -> Prediction:
     if not probabilities.isfinite().all():
         return Prediction(source, error="the model's output is not finite")
     best = probabilities.topk(min(topk, len(names)))

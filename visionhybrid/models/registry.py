@@ -115,7 +115,8 @@ def _entry(
             feature_cfg=dict(feature_cfg),
             **{**options, **kwargs},
         )
-        model.pretrained_cfg.pop("state_dict", None)  # timm would keep a second copy of the weights alive
+        cfg: Any = model.pretrained_cfg
+        cfg.pop("state_dict", None)  # timm would keep a second copy of the weights alive
         return model
 
     entry.__name__ = entry.__qualname__ = name
@@ -139,12 +140,17 @@ def _accept_any_layout(system: str, *args: Any) -> None:
 def remember(model: nn.Module, system: System, options: Mapping[str, Any]) -> None:
     """Note on `model` what it was built with, for `checkpoint.save`."""
     kept = {name: value for name, value in options.items() if name not in ("device", "dtype", "deployed")}
-    model._visionhybrid = {"system": system.name, "options": kept}  # pyright: ignore[reportAttributeAccessIssue]
+    model._visionhybrid = {"system": system.name, "options": kept}  # pyright: ignore[reportArgumentType], not a tensor
 
 
 def made_with(model: nn.Module) -> dict[str, Any]:
     """The options `model` was built with by `timm.create_model` or `load`; empty for a model built otherwise."""
     return dict(getattr(model, "_visionhybrid", {}).get("options", {}))
+
+
+def hidden(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` without those that keys and shapes of a checkpoint always show."""
+    return {name: value for name, value in options.items() if name not in VISIBLE}
 
 
 def names_of(system: System, options: Mapping[str, Any]) -> list[str]:

@@ -1,11 +1,12 @@
 """Checkpoints: `load` and `inspect` any published one, `save` ours, `warm_start` from another, `rename` keys by table.
 
-keys.py renames, files.py opens safely, containers.py unwraps, loading.py finds the system and loads, saving.py writes,
-pretrained.py finds published weights for `timm.create_model(..., pretrained=True)`.
+keys.py renames, files.py opens safely, containers.py unwraps, loading.py finds the system and loads, inspecting.py tells
+what there is, saving.py writes, pretrained.py finds published weights for `timm.create_model(..., pretrained=True)`.
 """
 
+from visionhybrid.models.checkpoint.inspecting import Inspection, inspect
 from visionhybrid.models.checkpoint.keys import UnknownKeysError, rename
-from visionhybrid.models.checkpoint.loading import Inspection, inspect, load, load_as
+from visionhybrid.models.checkpoint.loading import load, load_as
 from visionhybrid.models.checkpoint.saving import WarmStart, save, warm_start
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -62,6 +62,7 @@ def unwrap(content: Any, key: str | None = None) -> Unwrapped:
     for _ in range(8):
         if not isinstance(content, Mapping):
             raise ValueError(f"holds {_article(content)} where weights are expected" + _at(path))
+        content = cast("Mapping[Any, Any]", content)
         if wanted is not None and wanted in content:
             choice, wanted = wanted, None
         elif wanted is not None and wanted.partition(".")[0] in content:
@@ -106,7 +107,8 @@ def _holds_weights(value: Any, depth: int = 0) -> bool:
     """Whether a state dict is in `value`: tensors under dotted names. An optimiser's numbers and random states are none."""
     if not isinstance(value, Mapping) or depth > 6:
         return False
-    named = [(name, item) for name, item in value.items() if isinstance(name, str)]
+    entries = cast("Mapping[Any, Any]", value)
+    named = [(name, item) for name, item in entries.items() if isinstance(name, str)]
     if any("." in name and isinstance(item, Tensor) for name, item in named):
         return True
     return any(_holds_weights(item, depth + 1) for _, item in named)

@@ -16,8 +16,9 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ WEIGHT_FILES = (
 )
 
 # What else published checkpoints hold: command lines, and best scores as numpy numbers (named by numpy 1 or numpy 2).
-_multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+_multiarray = import_module("numpy._core.multiarray" if hasattr(np, "_core") else "numpy.core.multiarray")
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     np.dtype,
@@ -57,8 +58,8 @@ class Opened:
     path: Path
     kind: str
     content: Any
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    folder: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    folder: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def read(path: str | Path, *, key: str | None = None) -> Opened:
@@ -124,15 +125,16 @@ def _read_folder(path: Path, key: str | None) -> Opened:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
-    return value if isinstance(value, dict) else {}
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 def _read_safetensors(path: Path) -> Opened:
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        opened: Any = safe_open(path, framework="pt", device="cpu")
+        with opened as file:
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
             return Opened(path, "safetensors", content, file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
@@ -179,7 +181,8 @@ def _tensors(content: Any, depth: int = 0) -> Iterator[torch.Tensor]:
     if isinstance(content, torch.Tensor):
         yield content
     elif depth < 8 and isinstance(content, (Mapping, list, tuple)):
-        for value in content.values() if isinstance(content, Mapping) else content:
+        inside: Any = content.values() if isinstance(content, Mapping) else content
+        for value in inside:
             yield from _tensors(value, depth + 1)
 
 

@@ -6,11 +6,12 @@ import difflib
 import inspect as introspection
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,39 +37,14 @@ class Found:
     recorded: dict[str, Any]  # options that `save` wrote into the metadata
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What `inspect` found. Everything is JSON-able (`dataclasses.asdict`)."""
-
-    path: str
-    kind: str  # "torch", "torch (old format)", "safetensors", "memory"
-    container: str  # "" if the state dict is bare
-    alternatives: tuple[str, ...]  # other entries with weights: `load(path, key=...)`
-    other: tuple[str, ...]  # entries without weights
-    prefix: str  # common prefix that was removed from all keys
-    system: str | None  # None: nothing we know
-    task: str | None
-    options: dict[str, Any]  # keywords of the system's constructor
-    names: tuple[str, ...]  # registered names of that architecture
-    scale: int | None  # of a restorer
-    deployed: bool
-    tensors: int
-    values: int  # numbers in all tensors, buffers included
-    parameters: int | None  # trainable ones, as the built model counts them
-    dtypes: dict[str, int]  # "float32" -> tensors
-    keys: tuple[str, ...]  # the first few
-    metadata: dict[str, str]
-    problem: str = ""  # why `load` would refuse the file
-
-
 def find(
     source: Source, *, key: str | None = None, prefix: str | None = None, system: str | None = None
 ) -> Found:
     """Open, unwrap, clean and identify `source` without building anything; see `load` for the arguments."""
     if isinstance(source, Mapping):
         where, opened = "state dict", files.Opened(Path(), "memory", source)
-    elif isinstance(source, (str, os.PathLike)):
-        where, opened = os.fspath(source), files.read(source, key=key)
+    elif isinstance(source, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance], callers err
+        where, opened = os.fspath(source), files.read(Path(source), key=key)
         if Path(source).expanduser().is_dir() and key in ("ema", "model"):
             key = None  # it named the file
     else:
@@ -136,19 +112,19 @@ def _some(names: Iterable[str], count: int = 4) -> str:
 def _recorded(opened: files.Opened) -> dict[str, Any]:
     """Options written down beside the weights: by `save`, in a run's config, or in a timm hub folder's."""
     try:
-        recorded = json.loads(opened.metadata.get("options", "{}"))
+        recorded: Any = json.loads(opened.metadata.get("options", "{}"))
     except ValueError as error:
         raise ValueError(f"metadata 'options' is not JSON: {error}") from error
     if not isinstance(recorded, dict):
         raise ValueError("metadata 'options' is not a JSON object")
-    run = opened.folder.get("model")  # config.json of a run: model.name, model.options
-    name, extra = opened.folder.get("architecture"), opened.folder.get("model_args")
-    if isinstance(run, dict):
-        name, extra = run.get("name"), run.get("options")
-    if not recorded and name in registry.VARIANTS:
-        recorded = {**registry.VARIANTS[name], **(extra or {})}
-    # These show in keys and shapes, and may have changed since.
-    return {k: v for k, v in recorded.items() if k not in registry.VISIBLE}
+    options = cast("dict[str, Any]", recorded)
+    hub = opened.folder  # config.json of a timm hub folder
+    name, extra = hub.get("architecture"), hub.get("model_args")
+    if isinstance(hub.get("model"), dict):  # or of a run of ours
+        name, extra = hub["model"].get("name"), hub["model"].get("options")
+    if not options and name in registry.VARIANTS:
+        options = {**registry.VARIANTS[name], **(extra or {})}
+    return registry.hidden(options)  # the others may have changed since
 
 
 def unknown_architecture(found: Found) -> ValueError:
@@ -169,20 +145,39 @@ def keywords(found: Found, given: Mapping[str, Any]) -> dict[str, Any]:
         raise unknown_architecture(found)
     own = introspection.signature(system.build).parameters.keys() - {"device", "dtype"}
     known = own | system.aliases.keys()  # `options` translates those
-    known |= set(system.aliases.values())  # an alias of itself is a word that only `options` understands
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(own))}"
             raise ValueError(f"{found.where}: {system.name} has no option {name!r}{hint}")
+    with _one_line(found):
+        return dict(_without_unknown_keys(lambda state: system.options(state, **given), found.state)[0])
+
+
+def _without_unknown_keys(
+    read: Callable[[Mapping[str, Tensor]], dict[str, Any]], state: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], list[str]]:
+    """`read(state)`, if need be without the keys no rule knows: `fit` tells of those together with what is missing."""
     try:
-        return dict(system.options(found.state, **given))
+        return read(state), []
+    except UnknownKeysError as error:
+        unknown = set(error.keys)
+        return read({name: value for name, value in state.items() if name not in unknown}), error.keys
+
+
+@contextmanager
+def _one_line(found: Found) -> Generator[None, None, None]:
+    """Whatever a system raises over keys, shapes or options that it cannot have leaves as a ValueError with the path."""
+    name = found.system.name if found.system else "?"
+    try:
+        yield
     except KeyError as error:
-        raise ValueError(
-            f"{found.where}: looks like {system.name}, but has no key {error.args[0]!r}"
-        ) from error
+        raise ValueError(f"{found.where}: looks like {name}, but has no key {error.args[0]!r}") from error
     except ValueError as error:
-        raise ValueError(f"{found.where}: {system.name}: {error}") from error
+        raise ValueError(f"{found.where}: {name}: {error}") from error
+    except (IndexError, TypeError, ZeroDivisionError, OverflowError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{found.where}: {name}: no model has these shapes and options: {reason}") from error
 
 
 def build(system: System, options: Mapping[str, Any], device: torch.device | str = "cpu") -> nn.Module:
@@ -195,6 +190,14 @@ def build(system: System, options: Mapping[str, Any], device: torch.device | str
     if deployed:
         model.deploy()  # pyright: ignore[reportCallIssue], every system that answers `deployed` has it
     return model
+
+
+def outline(found: Found, options: Mapping[str, Any]) -> nn.Module:
+    """The model of `options` on the meta device: names and shapes, no memory."""
+    assert found.system is not None
+    with _one_line(found), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about tensors without elements; `fit` says what is wrong
+        return build(found.system, options, "meta")
 
 
 def load(
@@ -247,7 +250,7 @@ def load_as(
     base = name.partition(".")[0]
     registry.require(base)
     found = find(source, key=key, system=registry.SYSTEM_OF[base])
-    made_with = {k: v for k, v in registry.VARIANTS[base].items() if k not in registry.VISIBLE}
+    made_with = registry.hidden(registry.VARIANTS[base])
     return _load(found, {**made_with, **options}, dtype, device, name)
 
 
@@ -262,7 +265,7 @@ def _load(
     chosen = keywords(found, given)
     assert found.system is not None  # else `keywords` raised
     # The shapes are compared on the meta device first: a file that lies about its size costs no memory.
-    state = fit(found, build(found.system, chosen, "meta"))
+    state = fit(found, outline(found, chosen))
     model = build(found.system, chosen)
     model.load_state_dict(state, strict=True)
     registry.remember(model, found.system, chosen)
@@ -281,16 +284,10 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def fit(found: Found, model: nn.Module) -> dict[str, Tensor]:
     """The state under our names; ValueError with both sides unless names and shapes are exactly those of `model`."""
     assert found.system is not None
-    source, unexpected = dict(found.state), list[str]()
-    try:
-        state = dict(found.system.convert(source))
-    except UnknownKeysError as error:  # go on without them, so that the message also tells what is missing
-        unexpected = error.keys
-        state = dict(found.system.convert({k: v for k, v in source.items() if k not in set(unexpected)}))
-    except KeyError as error:
-        raise ValueError(f"{found.where}: {found.system.name}: {error.args[0]}") from error
+    with _one_line(found):
+        state, unexpected = _without_unknown_keys(found.system.convert, found.state)
     target = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    unexpected += [name for name in state if name not in target]
+    unexpected = unexpected + [name for name in state if name not in target]
     missing = [name for name in target if name not in state]
     differing = [
         f"{name} (file {tuple(value.shape)}, model {target[name]})"
@@ -301,15 +298,16 @@ def fit(found: Found, model: nn.Module) -> dict[str, Tensor]:
     told = [f"{len(names)} {side}: {_some(names)}" for side, names in sides if names]
     if told:
         raise ValueError(f"{found.where}: does not fit {found.system.name}; {'; '.join(told)}")
-    return state
+    return dict(state)
 
 
 def _set_pretrained_cfg(model: nn.Module, found: Found, name: str) -> None:
     """timm's description of the input (size, crop, mean, std) and of the classes, if the file or the registry has one."""
     cfg = registry.default_cfg(name) if name else {}
     folder = found.opened.folder
-    for part in (folder.get("pretrained_cfg"), _json(found.opened.metadata.get("pretrained_cfg"))):
-        cfg.update(part if isinstance(part, dict) else {})
+    written: Any = (folder.get("pretrained_cfg"), _json(found.opened.metadata.get("pretrained_cfg")))
+    for part in written:
+        cfg.update(part or {})
     classes = (
         _json(found.opened.metadata.get("classes")) or folder.get("label_names") or cfg.get("label_names")
     )
@@ -318,51 +316,8 @@ def _set_pretrained_cfg(model: nn.Module, found: Found, name: str) -> None:
     if hasattr(model, "num_classes"):
         cfg["num_classes"] = model.num_classes
     if cfg:
-        model.pretrained_cfg = model.default_cfg = cfg  # pyright: ignore[reportAttributeAccessIssue]
+        model.pretrained_cfg = model.default_cfg = cfg  # pyright: ignore[reportArgumentType], not a tensor
 
 
 def _json(text: str | None) -> Any:
     return json.loads(text) if text else None
-
-
-def inspect(source: Source, *, key: str | None = None, prefix: str | None = None) -> Inspection:
-    """What a checkpoint holds and what `load` would make of it; builds no model that costs memory.
-
-    Weights of an unknown architecture are described too (`system` is None, `problem` says so).
-
-    Raises:
-        ValueError: the file cannot be read, or holds no weights.
-    """
-    found = find(source, key=key, prefix=prefix)
-    options: dict[str, Any] = {}
-    model, problem = None, ""
-    try:
-        options = keywords(found, found.recorded)
-        assert found.system is not None
-        model = build(found.system, options, "meta")
-        fit(found, model)
-    except ValueError as error:
-        problem = str(error).removeprefix(f"{found.where}: ")
-    known = found.system
-    opened, unwrapped = found.opened, found.unwrapped
-    return Inspection(
-        path=found.where,
-        kind=opened.kind,
-        container=unwrapped.container,
-        alternatives=unwrapped.alternatives,
-        other=unwrapped.other,
-        prefix=found.prefix,
-        system=known.name if known else None,
-        task=known.task if known else None,
-        options=json.loads(json.dumps({k: v for k, v in options.items() if k != "deployed"})),
-        names=tuple(registry.names_of(known, options)) if known and options else (),
-        scale=getattr(model, "scale", None) if known and known.task == "restoration" else None,
-        deployed=bool(options.get("deployed", False)),
-        tensors=len(found.state),
-        values=sum(t.numel() for t in found.state.values()),
-        parameters=sum(p.numel() for p in model.parameters()) if model is not None else None,
-        dtypes=dict(Counter(str(t.dtype).removeprefix("torch.") for t in found.state.values())),
-        keys=tuple(list(found.state)[:4]),
-        metadata=dict(opened.metadata),
-        problem=problem,
-    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm.models
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ def overlay(name: str, system: System, kwargs: Mapping[str, Any]) -> dict[str, A
         FileNotFoundError: they could not be downloaded; says what to fetch from where.
     """
     given = dict(kwargs.get("pretrained_cfg_overlay") or {})
-    cfg = timm.models.resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), given).to_dict()
+    resolved = timm.models.resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), given)
+    cfg = cast("dict[str, Any]", resolved.to_dict())
     source: Any = cfg.get("state_dict") or cfg.get("file")
     if not source and any(cfg.get(field) for field in ("hf_hub_id", "url", "source")):
         return given
@@ -56,7 +57,7 @@ def matching(source: loading.Source, system: System, name: str) -> dict[str, Ten
     return found.state
 
 
-def locate(name: str, tag: str | None, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+def locate(name: str, tag: str | None, cache_dir: str | Path | None = None) -> Path:
     """The file of the published weights `name.tag`: in $VISIONHYBRID_WEIGHTS, else from the Hugging Face hub (cached)."""
     full = f"{name}.{tag}" if tag else name
     weights = registry.WEIGHTS.get(full)
@@ -72,7 +73,7 @@ def locate(name: str, tag: str | None, cache_dir: str | os.PathLike[str] | None 
     reason = "not on a hub"
     if weights.hub:
         # huggingface_hub is a dependency of timm; importing it costs more than everything else here
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download  # pyright: ignore[reportUnknownVariableType]
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
 from visionhybrid._version import __version__
@@ -63,7 +63,7 @@ def save(
         "options": json.dumps(chosen),
         "version": __version__,
     }
-    cfg = getattr(model, "pretrained_cfg", None) or {}
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     classes = classes if classes is not None else cfg.get("label_names")
     if classes is not None:
         if len(classes) != getattr(model, "num_classes", len(classes)):
@@ -111,10 +111,10 @@ def describe(model: nn.Module, options: Mapping[str, Any] | None = None) -> tupl
         ValueError: no system recognises the model, or no options build it as it is (layers were removed or replaced).
     """
     found = loading.find(model.state_dict())
-    made_with = {k: v for k, v in registry.made_with(model).items() if k not in registry.VISIBLE}
+    made_with = registry.hidden(registry.made_with(model))
     chosen = loading.keywords(found, {**made_with, **(options or {})})
     assert found.system is not None  # else `keywords` raised
-    loading.fit(found, loading.build(found.system, chosen, "meta"))
+    loading.fit(found, loading.outline(found, chosen))
     return found.system, chosen
 
 
