@@ -29,6 +29,7 @@ class Toy(Config):
     corrupt: tuple[int, ...] = ()
     dropout: float = 0.25
     norm: bool = True
+    mixing: bool = True
 
     task: ClassVar[str] = "toy"
     entry: ClassVar[str] = "train_case:ToyTask"
@@ -66,7 +67,7 @@ class ToyTask:
 
     def collate(self, samples: list[Sample], seed: int) -> Sample:
         batch = stack(samples)
-        share = torch.rand((), generator=torch.Generator().manual_seed(mix(seed, "mix")))
+        share = self.config.mixing * torch.rand((), generator=torch.Generator().manual_seed(mix(seed, "mix")))
         batch["x"] = batch["x"] * (1 - 0.1 * share) + batch["x"].flip(0) * 0.1 * share
         return batch
 

@@ -9,6 +9,7 @@ webdataset shards are therefore indexed here (`wds`), Hugging Face data sets rea
 
 from __future__ import annotations
 
+import io
 import tarfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -67,7 +68,7 @@ class TimmSource:
             raise ValueError(
                 f"data.dataset: {name!r} is a stream and cannot be resumed exactly; use 'wds' (local shards) or 'hfds/...'"
             )
-        if not name and not Path(root).exists():
+        if not name and not (root and Path(root).exists()):
             raise ValueError(f"data.root: no such folder or tar file: {root or '(empty)'}")
         try:
             self.dataset: Any = timm.data.create_dataset(
@@ -78,7 +79,12 @@ class TimmSource:
         self.reader = getattr(self.dataset, "reader", None)
         if not len(self.dataset):
             raise ValueError(f"data: {root or name}, split {split!r}: no images")
-        index = getattr(self.reader, "class_to_idx", None) or {}
+        # timm's folder and tar readers name it differently
+        index = (
+            getattr(self.reader, "class_to_idx", None)
+            or getattr(self.reader, "class_name_to_idx", None)
+            or {}
+        )
         self.classes = tuple(str(c) for c, _ in sorted(index.items(), key=lambda item: item[1]))
 
     def __len__(self) -> int:
@@ -90,7 +96,12 @@ class TimmSource:
             image, label = self.dataset[index]
             return image, int(label)
         file, label, *_ = self.reader[index]
-        return (file if isinstance(file, Image.Image) else Image.open(file)), int(label)
+        if isinstance(file, Image.Image):
+            return file, int(label)
+        with file:
+            image = Image.open(file)
+            image.load()
+        return image, int(label)
 
 
 class Shards:
@@ -137,8 +148,6 @@ class Shards:
         return len(self.entries)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        import io
-
         path, _, offset, size, label = self.entries[index]
         with open(path, "rb") as file:
             file.seek(offset)

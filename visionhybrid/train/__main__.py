@@ -49,7 +49,7 @@ def train(
     """What the command does, errors as one line on standard error; shared with `visionhybrid train`."""
     from visionhybrid.train.config import ConfigError, diff, override
     from visionhybrid.train.guard import DivergedError
-    from visionhybrid.train.loop import Interrupted
+    from visionhybrid.train.loop import Interrupted, MemoryLimitError
     from visionhybrid.train.recipes import find
     from visionhybrid.train.session import run
     from visionhybrid.train.state import CheckpointError
@@ -63,7 +63,7 @@ def train(
     except (ConfigError, ValueError, ImportError) as error:
         _say(f"error: {error}")
         return 2
-    except (CheckpointError, DivergedError) as error:
+    except (CheckpointError, DivergedError, MemoryLimitError) as error:
         _say(f"error: {error}")
         return 1
     except Interrupted as error:

@@ -302,6 +302,11 @@ class Trainer:
         flag = torch.tensor(float(bool(caught)), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum").item())
 
+    def tell(self) -> None:
+        """Pass on what the task has to say."""
+        while self.task.notes:
+            self.log.note(self.step, self.task.notes.pop(0))
+
     @property
     def sharded(self) -> bool:
         """Whether no process holds all weights (FSDP)."""
@@ -323,6 +328,7 @@ class Trainer:
             self.metrics = self.task.validate(model, self.accelerator, limit)
             if self.accelerator.is_main_process and not self.sharded:
                 self.task.samples(model, self.out / "samples" / f"step_{self.step:08d}")
+        self.tell()
         epoch = self.step / self.steps_per_epoch
         self.log.scalars(
             "validation", self.step, {"epoch": epoch, **self.metrics, "seconds": round(self.seconds, 1)}

@@ -74,7 +74,8 @@ def _begin(trainer: Trainer) -> None:
     if path is not None:
         trainer.load(path)
     trainer.log.open(trainer.step)
-    for text in [*trainer.task.notes, *skipped]:
+    trainer.tell()
+    for text in skipped:
         trainer.log.note(trainer.step, text)
     if path is not None:
         trainer.log.note(trainer.step, f"continuing from {path.name}")
@@ -106,6 +107,7 @@ def environment(trainer: Trainer) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": str(trainer.accelerator.device),
         "processes": trainer.accelerator.num_processes,
+        "distributed": trainer.accelerator.distributed_type.value,
         "threads": torch.get_num_threads(),
         "commit": _commit(),
     }

@@ -25,7 +25,7 @@ class Task(Protocol):
     repeat: int  # passes over train_set that make one epoch
     metric: str  # the entry of validate() that says which checkpoint is best
     higher_is_better: bool
-    notes: list[str]  # what a person should know about how the parts were made
+    notes: list[str]  # what a person should know; the loop logs and removes them
 
     def parts(self) -> dict[str, nn.Module]: ...
 

@@ -1,0 +1,99 @@
+"""Two processes train as one: DDP and FSDP2 with gloo on the CPU, and runs that change their number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_case import toy
+
+from visionhybrid.train import run, state
+from visionhybrid.train.log import read
+
+HERE = Path(__file__).parent
+# without what each process does with its own half of the batch (dropout, batch norm, mixing), the sums are the same
+EXACT = "dropout=0.0, norm=False, mixing=False, loop_steps=8, loop_validate_every=4"
+CODE = """
+import sys
+from train_case import toy
+from visionhybrid.train import run
+if __name__ == "__main__":
+    run(toy({}), sys.argv[1], progress=False)
+"""
+
+
+def launch(out: Path, fields: str, **environment: str) -> None:
+    """What `accelerate launch` does: two processes that find each other by environment variables."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    script = out.parent / f"{out.name}.py"
+    script.write_text(textwrap.dedent(CODE).format(fields))
+    shared = {
+        **os.environ,
+        "PYTHONPATH": str(HERE),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "ACCELERATE_USE_CPU": "true",
+        **environment,
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(out)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=200)[1].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(e[-1500:] for e in errors)
+
+
+def series(out: Path, name: str) -> torch.Tensor:
+    return torch.tensor([row[name] for row in read(out / "log.jsonl") if row["kind"] == "train"])
+
+
+def weights(out: Path, name: str = "model") -> torch.Tensor:
+    path, _ = state.newest(out / "checkpoints")
+    return torch.cat([t.flatten() for t in load_file(path / f"{name}.safetensors").values()])
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp2"])
+def test_two_processes_are_one(tmp_path, environment):
+    config = eval(f"toy({EXACT})", {"toy": toy})
+    run(config, tmp_path / "one", progress=False)
+    launch(tmp_path / "two", EXACT, **environment)
+    for name in ("loss", "grad_norm", "order"):
+        torch.testing.assert_close(
+            series(tmp_path / "two", name), series(tmp_path / "one", name), rtol=1e-4, atol=1e-6
+        )
+    for name in ("model", "ema", "optimizer"):
+        torch.testing.assert_close(
+            weights(tmp_path / "two", name), weights(tmp_path / "one", name), rtol=1e-3, atol=1e-5
+        )
+    found = json.loads((tmp_path / "two" / "environment.json").read_text())
+    assert (found["processes"], found["distributed"]) == (2, "FSDP" if environment else "MULTI_CPU")
+    # a checkpoint of two processes is continued by one, with the same global batches
+    path = tmp_path / "two" / "checkpoints" / "step_00000008"
+    state.shutil.rmtree(path)
+    run(config, tmp_path / "two", progress=False)
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-3, atol=1e-5)
