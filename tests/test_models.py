@@ -124,10 +124,10 @@ def model(name):
 # ---- registration
 
 
-@pytest.mark.parametrize("tag", timm.list_models("vh_*", include_tags=True))
+@pytest.mark.parametrize(
+    "tag", [tag for tag in timm.list_models("vh_*", include_tags=True) if tag.split(".")[0] in CLASSIFIERS]
+)
 def test_description_fits_the_model(tag):
-    if registry.SYSTEMS[registry.SYSTEM_OF[tag.split(".")[0]]].task != "classification":
-        pytest.skip("a restorer: tests/test_hat.py")
     with torch.device("meta"):
         model = timm.create_model(tag, device="meta", dtype=torch.float32).eval()
     cfg = model.default_cfg
@@ -149,7 +149,7 @@ def test_description_fits_the_model(tag):
 
 def test_nothing_of_timms_is_shadowed():
     assert all(name.startswith("vh_") for name in registry.SYSTEM_OF)
-    assert timm.list_models("vh_*", module="nextvit") == []
+    assert not [name for name in timm.list_models(module="nextvit") if name.startswith("vh_")]
 
 
 # ---- the interface
@@ -160,12 +160,10 @@ def test_unknown_keyword_is_an_error(name):
         make(name, not_an_option=1)
 
 
-@pytest.mark.parametrize("size", [(33, 47), (64, 32), (97, 5)])
+@pytest.mark.parametrize("size", [(33, 47), (64, 32), (97, 40)])
 def test_any_size_and_forward_is_head_of_features(model, size):
     x = torch.randn(2, 3, *size)
     with torch.no_grad():
-        if size[1] < 32 and isinstance(model.stem, Patches):
-            pytest.skip("the toy cuts patches")
         y = model(x)
         close(y, model.forward_head(model.forward_features(x)))
         assert y.shape == (2, 7)

@@ -4,40 +4,9 @@ The file is in timm's source distribution only: `pip download --no-deps --no-bin
 What applies of it is mirrored in `tests/test_models.py`, which always runs.
 """
 
-import fnmatch
 import os
 
-import pytest
-import timm
-
-import visionhybrid
-
-UPSTREAM = os.environ.get("VISIONHYBRID_TIMM_TESTS")
-collect_ignore = [] if UPSTREAM else ["test_upstream.py"]
-
-
-@pytest.fixture(autouse=True)
-def _their_warnings(recwarn):
-    """timm's tests do not run under `-W error`."""
-
-
-def ours(filter="", module="", pretrained=False, exclude_filters="", **kwargs):
-    """`timm.list_models` of our classifiers, whatever timm module is asked for; timm's exclusions hold."""
-    classifiers = set(visionhybrid.list_models(task="classification"))
-    every = _list_models("vh_*", pretrained=pretrained, exclude_filters=exclude_filters, **kwargs)
-    patterns = [p for p in ([filter] if isinstance(filter, str) else filter) if p]
-    return [
-        name
-        for name in every
-        if name.split(".")[0] in classifiers
-        and (not patterns or any(fnmatch.fnmatch(name, p) for p in patterns))
-    ]
-
-
-_list_models = timm.list_models
-if UPSTREAM:
-    # Read when the upstream file is imported, which builds its parameters from these.
-    timm.list_models, timm.list_pretrained = ours, lambda *args, **kwargs: []
+collect_ignore = [] if os.environ.get("VISIONHYBRID_TIMM_TESTS") else ["test_upstream.py"]
 
 
 def pytest_collection_modifyitems(items):
