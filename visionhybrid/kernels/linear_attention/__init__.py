@@ -8,6 +8,7 @@ neither in the sums nor in the mean.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ from visionhybrid.kernels.dispatch import pick
 from visionhybrid.kernels.linear_attention import eager, reference
 from visionhybrid.kernels.shapes import Bool, Float, checked
 
-BACKENDS = {"reference": reference, "eager": eager}
+BACKENDS: dict[str, Any] = {"reference": reference, "eager": eager}
+if find_spec("triton"):  # it exists for Linux only
+    from visionhybrid.kernels.linear_attention import triton
+
+    BACKENDS["triton"] = triton
 FEATURE_MAPS = ("elu", "relu", "softmax", "identity")
 # name -> how the sums are normalised, eps
 NORMS = {
