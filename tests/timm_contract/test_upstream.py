@@ -36,7 +36,7 @@ upstream = importlib.util.module_from_spec(spec)
 # It lists the models while it is imported; its markers are in timm's own settings, not in ours.
 with (
     mock.patch("timm.list_models", ours),
-    mock.patch("timm.list_pretrained", lambda *args, **kwargs: []),
+    mock.patch("timm.list_pretrained", return_value=[]),
     warnings.catch_warnings(),
 ):
     warnings.simplefilter("ignore")
