@@ -86,29 +86,26 @@ def test_stream_refuses(changes, message):
         Stream(length, size, seed=0, start=Position(), **changes)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_samples_are_replaced_by_the_same_others(workers):
-    data = ToyData(12, corrupt=(0, 5))
-    torch.manual_seed(workers)  # the replacement must not depend on it
-    batches = islice(
-        loader(
-            data, Stream(12, 4, seed=0, start=Position()), lambda s, _: stack(s), workers=workers, pin=False
-        ),
-        3,
-    )
-    batches = list(batches)
-    taken = [batch.tensors["index"].tolist() for batch in batches]
-    assert not {0, 5} & {i for batch in taken for i in batch}
-    told = [text for batch in batches for text in batch.corrupt]
-    assert sum(text == "sample 0: picture_0.png: broken on purpose" for text in told) >= 1
-    assert len(told) >= 2
-    assert taken == [[11, 4, 3, 7], [4, 8, 9, 2], [1, 6, 8, 10]] or workers == 0 or taken == _taken_alone()
+def test_corrupt_samples_are_replaced_by_the_same_others():
+    """Whatever process reads them and whatever its generators did before."""
 
+    def taken(workers):
+        torch.manual_seed(workers)
+        stream = Stream(12, 4, seed=0, start=Position())
+        data = ToyData(12, corrupt=(0, 5))
+        batches = list(islice(loader(data, stream, lambda s, _: stack(s), workers=workers, pin=False), 3))
+        indices = [batch.tensors["index"].tolist() for batch in batches]
+        return indices, [text for batch in batches for text in batch.corrupt]
 
-def _taken_alone():
-    stream = Stream(12, 4, seed=0, start=Position())
-    plain = loader(ToyData(12, (0, 5)), stream, lambda s, _: stack(s), workers=0, pin=False)
-    return [batch.tensors["index"].tolist() for batch in islice(plain, 3)]
+    indices, told = taken(0)
+    assert taken(2) == (indices, told)
+    assert not {0, 5} & {i for batch in indices for i in batch}
+    assert {text.split(":")[0] for text in told} == {"sample 0", "sample 5"}
+    planned = [plan.indices for plan in islice(Stream(12, 4, seed=0, start=Position()), 3)]
+    changed = [
+        (a, b) for p, t in zip(planned, indices, strict=True) for a, b in zip(p, t, strict=True) if a != b
+    ]
+    assert sorted(a for a, _ in changed) == [0, 5]
 
 
 def test_corrupt_samples_are_counted_and_limited(tmp_path):
@@ -228,7 +225,7 @@ def test_old_ones_go_only_after_the_new_one_verifies(tmp_path, monkeypatch):
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step in range(1, 7):
         saved(tmp_path, step)
-    flip(tmp_path / "step_00000006" / "model.safetensors")
+    os.truncate(tmp_path / "step_00000006" / "model.safetensors", 9)
     state.prune(tmp_path, keep=2, best=2)
     assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["2", "4", "5", "6"]
 
@@ -363,6 +360,8 @@ def test_rolls_back_with_another_order(tmp_path):
     texts = [row["text"] for row in read(trainer.log.path) if row["kind"] == "note"]
     assert any("3 updates in a row left out; back to step 5" in text for text in texts)
     assert (trainer.step, trainer.watch.rollbacks, trainer.position.order) == (12, 1, 1)
+    steps = [row["step"] for row in read(trainer.log.path) if row["kind"] == "train"]
+    assert steps == sorted(set(steps))
     assert trainer.watch.skipped == 3
 
 

@@ -18,7 +18,8 @@ def text(config: Config, result: dict[str, Any], environment: dict[str, Any]) ->
         [
             f"# {config.name}",
             "",
-            f"{config.task} with `{config.model.name}`: {result['steps']} steps in {result['seconds']:.0f} s.",
+            f"{config.task} with `{config.model.name}`: {result['steps']} steps in {result['seconds']:.0f} s "
+            f"on {result['train_samples']} training samples.",
             'Load: `visionhybrid.load("model.safetensors")`. Run again: `visionhybrid train config.json`.',
             "",
             "## Measured on held-out data at the end",

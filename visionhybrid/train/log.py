@@ -58,6 +58,13 @@ class Log:
         elif self.tensorboard:
             self.note(step, 'no TensorBoard files: pip install "visionhybrid[train]"')
 
+    def rewind(self, step: int) -> None:
+        """Drop the numbers after `step`, which did not lead anywhere; what a person was told stays."""
+        if self.main:
+            rows = [row for row in read(self.path) if row["step"] <= step or row["kind"] == "note"]
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+            self._write_csv(rows)
+
     def close(self) -> None:
         if self.board is not None:
             self.board.close()

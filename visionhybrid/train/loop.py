@@ -57,6 +57,11 @@ class Part:
     optimizer: Any
     rate: Rate
 
+    def __post_init__(self) -> None:
+        kept = self.bare.state_dict().keys()
+        # running statistics; constants that no checkpoint holds do not change in a forward pass
+        self.buffers = [buffer for name, buffer in self.bare.named_buffers() if name in kept]
+
     @property
     def optimizer_file(self) -> str:
         return "optimizer" if self.name == "model" else f"{self.name}_optimizer"
@@ -136,7 +141,7 @@ class Trainer:
     def update(self, batch: Batch) -> dict[str, float] | None:
         """One optimisation step on `batch`. Returns what to log, or None if the guard left the update out."""
         values: dict[str, float] = {}
-        buffers = [[b.clone() for b in part.bare.buffers()] for part in self.parts]
+        buffers = [[b.clone() for b in part.buffers] for part in self.parts]
         for part in self.parts:
             part.net.train()
             part.rate.set(self.step)
@@ -239,7 +244,7 @@ class Trainer:
     def _restore(self, buffers: list[list[Tensor]]) -> None:
         """Undo what the forward pass did to running statistics: one NaN there would never leave."""
         for part, saved in zip(self.parts, buffers, strict=True):
-            for buffer, value in zip(part.bare.buffers(), saved, strict=True):
+            for buffer, value in zip(part.buffers, saved, strict=True):
                 buffer.copy_(value)
 
     # -- the run -----------------------------------------------------------------------------------------------------
@@ -421,6 +426,7 @@ class Trainer:
         self.watch = replace(now, bad=0, rollbacks=rollbacks, mean=self.watch.mean, seen=self.watch.seen)
         # the order is the number of rollbacks, so a killed run that meets the same trouble again goes the same way
         self.position = replace(self.position, order=rollbacks)
+        self.log.rewind(self.step)
         self.log.note(self.step, f"step {at}: {now.bad} updates in a row left out; back to step {self.step}")
 
 

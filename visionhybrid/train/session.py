@@ -38,7 +38,7 @@ def run(
         dry_run: one step of every phase and a memory estimate in a temporary directory instead; `out` is not touched.
         resume: False: an `out` that already holds a run is an error.
         progress: print a progress line and what a person should know.
-    Returns: `metrics` (last validation: name -> value), `history` (lines of log.jsonl), `steps`, `seconds`, `out`, `weights`
+    Returns: `metrics` (last validation: name -> value), `history` (lines of log.jsonl), `steps`, `seconds`, `train_samples`, `out`, `weights`
         (path loadable by `visionhybrid.load`), `samples` (folder of pictures). A dry run: see `dryrun.rehearse`.
     Raises: ConfigError, ValueError: the config or the data cannot be used. CheckpointError: disk full, or no checkpoint of
         `out` is valid. DivergedError: the guard gave up. Interrupted: a signal came; a checkpoint was written.
@@ -142,6 +142,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         "history": history,
         "steps": trainer.step,
         "seconds": trainer.seconds,
+        "train_samples": len(trainer.task.train_set),
         "out": str(trainer.out),
         "weights": str(weights),
         "samples": str(samples),

@@ -159,8 +159,8 @@ def _disk_message(error: OSError, folder: Path, name: str, tensors: Mapping[str,
     return f"disk full: checkpoint {name} needs {need:.1f} MiB in {folder}, {free:.1f} MiB are free; {rest}"
 
 
-def why_invalid(path: Path) -> str | None:
-    """Why the checkpoint cannot be used, or None if every file is as its manifest says."""
+def why_invalid(path: Path, *, contents: bool = True) -> str | None:
+    """Why the checkpoint cannot be used, or None if every file is as its manifest says (`contents=False`: by size only)."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
         files = manifest["files"]
@@ -170,7 +170,7 @@ def why_invalid(path: Path) -> str | None:
             size = (path / name).stat().st_size
             if size != entry["size"]:
                 return f"{name} has {size} bytes instead of {entry['size']}"
-            if _sha256(path / name) != entry["sha256"]:
+            if contents and _sha256(path / name) != entry["sha256"]:
                 return f"{name} has another content than its manifest says"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -221,8 +221,11 @@ def read(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
 
 
 def prune(folder: Path, keep: int, best: int | None) -> None:
-    """Remove all but the newest `keep` valid checkpoints and the one of step `best`; keep everything while none is valid."""
-    valid = [path for path in _checkpoints(folder) if why_invalid(path) is None]
+    """Remove all but the newest `keep` complete checkpoints and the one of step `best`; keep everything while none is.
+
+    Called after `write`, which has read the newest one back; the older ones are not read again.
+    """
+    valid = [path for path in _checkpoints(folder) if why_invalid(path, contents=False) is None]
     for path in valid[:-keep]:
         if step_of(path) != best:
             shutil.rmtree(path)
