@@ -113,7 +113,7 @@ class Restorer(nn.Module):
         H, W = x.shape[2] * self.scale, x.shape[3] * self.scale
         y = self.tail(self._features(x)[0])
         y = (y.float() if y.dtype in HALF else y) / self.img_range + self.mean
-        return y[:, :, :H, :W].to(x.dtype)
+        return y.narrow(2, 0, H).narrow(3, 0, W).to(x.dtype)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """What the tail works on, (B, num_features, H, W)."""
