@@ -128,10 +128,8 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
     except MemoryError:
         raise ImageError(path, "not enough memory to read it") from None
     except _DAMAGE as error:
-        known = isinstance(error, OSError) and error.errno is not None
-        raise ImageError(
-            path, error.strerror if known else f"truncated or damaged: {_one_line(error)}"
-        ) from error
+        told = getattr(error, "strerror", None)  # the system's word, if it is the system that failed
+        raise ImageError(path, told or f"truncated or damaged: {_one_line(error)}") from error
 
 
 @contextmanager
@@ -160,7 +158,8 @@ def _decode(file: BinaryIO) -> Picture:
     if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
         image.seek(0)
         notes.append(f"the first of {frames} frames or pages")
-    if image.format == "TIFF" and image.tag_v2.get(284) == 2 and 16 in image.tag_v2.get(258, ()):
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(284) == 2 and 16 in tags.get(258, ()):
         raise ImageError("", "16-bit TIFF with separate colour planes is not supported; save it interleaved")
     if sixteen.is_sixteen(image):
         samples, image = sixteen.read_colour(file)
@@ -180,7 +179,7 @@ def _decode(file: BinaryIO) -> Picture:
     pixels = _upright(pixels, orientation)
     dpi = _dpi(image)
     if dpi and orientation >= 5:
-        dpi = dpi[::-1]
+        dpi = dpi[1], dpi[0]
     colours = 3 if len(pixels) > 2 else 1
     return Picture(
         pixels=pixels[:colours],
@@ -230,7 +229,10 @@ def _from_cmyk(image: Image.Image, icc: bytes | None) -> Image.Image:
     if icc:
         try:
             source = ImageCms.ImageCmsProfile(BytesIO(icc))
-            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            converted = ImageCms.profileToProfile(
+                image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+            return converted or image.convert("RGB")
         except (ImageCms.PyCMSError, OSError):  # a broken profile, or one that is not of CMYK
             pass
     return image.convert("RGB")

@@ -24,7 +24,9 @@ _TIFF_RGB, _TIFF_GREY, _UNASSOCIATED_ALPHA, _ADOBE_DEFLATE, _HORIZONTAL = 2, 1, 
 
 def is_sixteen(image: Image.Image) -> bool:
     """Whether the opened, not yet loaded `image` holds 16-bit colour of which Pillow would drop half."""
-    return image.mode in ("RGB", "RGBA") and any(";16" in _raw_mode(tile) for tile in image.tile)
+    return image.mode in ("RGB", "RGBA") and any(
+        ";16" in _raw_mode(tile) for tile in getattr(image, "tile", ())
+    )
 
 
 def read_colour(file: BinaryIO) -> tuple[np.ndarray, Image.Image]:
@@ -57,7 +59,9 @@ def _raw_mode(tile) -> str:
     return str(tile.args[0] if isinstance(tile.args, tuple) else tile.args)
 
 
-def encode_png(samples: np.ndarray, *, icc: bytes | None, exif: bytes | None, dpi: tuple | None) -> bytes:
+def encode_png(
+    samples: np.ndarray, *, icc: bytes | None, exif: bytes | None, dpi: tuple[float, float] | None
+) -> bytes:
     """A PNG of `samples` (H, W, 1 to 4) uint16: grey, grey + alpha, RGB or RGBA."""
     height, width, channels = samples.shape
     colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
@@ -112,7 +116,9 @@ def _chunk(out: BinaryIO, kind: bytes, data: bytes) -> None:
         )
 
 
-def encode_tiff(samples: np.ndarray, *, icc: bytes | None, exif: Image.Exif, dpi: tuple | None) -> bytes:
+def encode_tiff(
+    samples: np.ndarray, *, icc: bytes | None, exif: Image.Exif, dpi: tuple[float, float] | None
+) -> bytes:
     """A Deflate TIFF of `samples` (H, W, 1 to 4) uint8 or uint16.
 
     8 bits too, because Pillow 13 cannot write an EXIF directory into a compressed TIFF. Grey with alpha of 16 bits is

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,21 +38,20 @@ class Engine:
         dtype: torch.dtype | None = None,
         self_ensemble: bool = False,
     ):
-        lacking = [name for name in ("scale", "in_chans", "multiple_of") if not hasattr(model, name)]
-        if lacking:
-            raise ValueError(
-                f"restore: {type(model).__name__} is not a restorer, it has no {', '.join(lacking)}"
-            )
+        traits: dict[str, Any] = {n: getattr(model, n, None) for n in ("scale", "in_chans", "multiple_of")}
+        if lacking := [name for name, value in traits.items() if value is None]:
+            kind = type(model).__name__
+            raise ValueError(f"restore: {kind} is not a restorer, it has no {', '.join(lacking)}")
+        self.scale, self.in_chans, self.multiple_of = (int(value) for value in traits.values())
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"restore: dtype must be float32, bfloat16 or float16, got {dtype}")
-        if tile is not None and tile < model.multiple_of:
+        if tile is not None and tile < self.multiple_of:
             raise ValueError(
-                f"restore: a tile is at least the model's window of {model.multiple_of} pixels, got {tile}"
+                f"restore: a tile is at least the model's window of {self.multiple_of} pixels, got {tile}"
             )
         if overlap is not None and tile is not None and not 0 <= overlap <= tile // 2:
             raise ValueError(f"restore: overlap goes from 0 to half the tile ({tile // 2}), got {overlap}")
         self.model = model if device is None else model.to(device)
-        self.scale, self.in_chans, self.multiple_of = model.scale, model.in_chans, model.multiple_of
         self.tile, self.overlap, self.self_ensemble = tile, overlap, self_ensemble
         weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, device=device))
         self.device, self.weight_dtype = weight.device, weight.dtype
@@ -71,7 +71,7 @@ class Engine:
         colours = x.shape[1]
         if colours != self.in_chans and colours in (2, 4):
             pixels, alpha = self._restore(x[:, :-1], x[:, -1:], advance)
-            return torch.cat([pixels, alpha], 1)
+            return pixels if alpha is None else torch.cat([pixels, alpha], 1)
         return self._restore(x, None, advance)[0]
 
     def _restore(self, pixels: Tensor, alpha: Tensor | None, advance) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ and `multiple_of`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from visionhybrid.infer.engine import Engine
 from visionhybrid.infer.folders import Done, Report, restore_path
 from visionhybrid.infer.progress import bar
 
-AnyImage = TypeVar("AnyImage", str, Path, Picture, Image.Image, np.ndarray, Tensor)
+AnyImage = str | Path | Picture | Image.Image | np.ndarray | Tensor
 
 
 def restore(
@@ -35,7 +35,7 @@ def restore(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     self_ensemble: bool = False,
-):
+) -> Any:
     """`image` through `model`; the result is of the same kind.
 
     | given | returned |
@@ -64,17 +64,16 @@ def restore(
     engine = Engine(
         model, tile=tile, overlap=overlap, device=device, dtype=dtype, self_ensemble=self_ensemble
     )
-    if isinstance(image, str | Path):
-        image = read_image(image)
+    given: Any = read_image(image) if isinstance(image, str | Path) else image
     with bar(progress, "restoring") as advance:
-        if isinstance(image, Picture):
-            return engine.picture(image, advance)
-        if isinstance(image, Image.Image):
-            return _pil(engine, image, advance)
-        if isinstance(image, np.ndarray):
-            return _array(engine, image, advance)
-        if isinstance(image, Tensor):
-            return _tensor(engine, image, advance)
+        if isinstance(given, Picture):
+            return engine.picture(given, advance)
+        if isinstance(given, Image.Image):
+            return _pil(engine, given, advance)
+        if isinstance(given, np.ndarray):
+            return _array(engine, given, advance)
+        if isinstance(given, Tensor):
+            return _tensor(engine, given, advance)
     raise ValueError(
         f"restore: expected a path, Picture, PIL image, array or tensor, got {type(image).__name__}"
     )

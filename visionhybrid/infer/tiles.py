@@ -78,8 +78,7 @@ class _Tiler:
                 y = self(x[..., top:bottom, left:right], share * part).to(x.device)
                 if out is None:
                     out = y.new_zeros(*y.shape[:2], x.shape[-2] * self.scale, x.shape[-1] * self.scale)
-                weight = (by_row[:, None] * by_column).to(y)
-                s = self.scale
+                weight, s = (by_row[:, None] * by_column).to(y), self.scale
                 out[..., top * s : bottom * s, left * s : right * s].addcmul_(y, weight)
         assert out is not None
         return out
