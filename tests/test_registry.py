@@ -70,6 +70,11 @@ def test_names_start_with_our_prefix_and_timm_knows_them():
         registry.register(TOY, {"toy": {}}, {})
 
 
+def test_a_name_is_registered_once(toy):
+    with pytest.raises(ValueError, match="'vh_nextvit_small' is taken by nextvit"):
+        registry.register(TOY, {"vh_nextvit_small": {}}, {})
+
+
 def test_list_models_filters():
     tasks = [visionhybrid.list_models(task=task) for task in ("classification", "restoration")]
     assert sorted(tasks[0] + tasks[1]) == visionhybrid.list_models()

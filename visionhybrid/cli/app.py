@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,9 @@ def _guarded(work: Callable[[], int | None]) -> int:
         raise
     except KeyboardInterrupt as stop:
         status, message = 130, str(stop) or "stopped"
+    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UsageError as error:
         if debug:
             raise

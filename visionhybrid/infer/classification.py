@@ -15,10 +15,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import (  # pyright: ignore[reportPrivateImportUsage], public all the same
-    ImageNetInfo,
-    create_transform,
-    resolve_data_config,
+
+# timm re-exports these without telling type checkers.
+from timm.data import (
+    ImageNetInfo,  # pyright: ignore[reportPrivateImportUsage]
+    create_transform,  # pyright: ignore[reportPrivateImportUsage]
+    resolve_data_config,  # pyright: ignore[reportPrivateImportUsage]
 )
 from torch import Tensor, nn
 

@@ -92,6 +92,8 @@ def register(
     for name, options in variants.items():
         if not name.startswith("vh_"):
             raise ValueError(f"register: names start with 'vh_', got {name!r}")
+        if name in SYSTEM_OF:  # timm would replace the first with no more than a warning
+            raise ValueError(f"register: {name!r} is taken by {SYSTEM_OF[name]}")
         SYSTEM_OF[name] = system.name
         VARIANTS[name] = dict(options)
         timm.models.register_model(_entry(system, name, dict(options), dict(feature_cfg or {})))

@@ -181,8 +181,8 @@ def _tensors(content: Any, depth: int = 0) -> Iterator[torch.Tensor]:
     if isinstance(content, torch.Tensor):
         yield content
     elif depth < 8 and isinstance(content, (Mapping, list, tuple)):
-        inside: Any = content.values() if isinstance(content, Mapping) else content
-        for value in inside:
+        several = cast("Mapping[Any, Any] | list[Any] | tuple[Any, ...]", content)
+        for value in several.values() if isinstance(several, Mapping) else several:
             yield from _tensors(value, depth + 1)
 
 

@@ -123,7 +123,7 @@ def _recorded(opened: files.Opened) -> dict[str, Any]:
     if isinstance(hub.get("model"), dict):  # or of a run of ours
         name, extra = hub["model"].get("name"), hub["model"].get("options")
     if not options and name in registry.VARIANTS:
-        options = {**registry.VARIANTS[name], **(extra or {})}
+        options = {**registry.VARIANTS[name], **cast("dict[str, Any]", extra or {})}
     return registry.hidden(options)  # the others may have changed since
 
 
