@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -259,7 +261,10 @@ def test_table_and_page_show_targets_beside_values(data: report.Record) -> None:
     assert "<= 1000000000.00 met" in line
     assert "<= 0.00 missed" in line
     assert data["machine"]["processor"] in text
-    assert report.table(data).row_count == 3
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(report.tables(data))
+    (line,) = (line for line in console.export_text().splitlines() if line.startswith(" visionhybrid "))
+    assert re.search(r"met .* missed", line)
     quick = {**data, "quick": True}
     assert "nothing is judged" in report.page([quick])
 
@@ -280,12 +285,13 @@ def test_run_writes_record_plot_and_page(
     monkeypatch.setattr(models, "cases", lambda *, quick, only: [toy])
     threads = torch.get_num_threads()
     try:
-        data = __main__.run("models", quick=True, out=tmp_path, threads=1, progress=False)
+        data = __main__.run("models", quick=True, rounds=2, out=tmp_path, threads=1, progress=False)
     finally:
         torch.set_num_threads(threads)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["models.json", "models.md", "models.png"]
     assert json.loads((tmp_path / "models.json").read_text()) == data
     assert data["machine"]["threads"] == 1
+    assert [len(row["seconds"]) for row in data["cases"][0]["runners"]] == [2, 2]
 
 
 def test_page_command_renders_records(data: report.Record, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import warnings
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,7 @@ def run(
     *,
     quick: bool = False,
     only: str | None = None,
+    rounds: int | None = None,
     out: Path | None = None,
     device: str = "cpu",
     threads: int | None = None,
@@ -44,7 +46,11 @@ def run(
     if suite not in SUITES:
         raise ValueError(f"bench: no suite {suite!r}; have {', '.join(SUITES)}")
     torch.set_num_threads(threads or machine.cores())
+    if rounds is not None and rounds < 1:
+        raise ValueError(f"bench: --rounds must be at least 1, got {rounds}")
     cases = import_module(SUITES[suite][0]).cases(quick=quick, only=only)
+    if rounds is not None:
+        cases = [replace(case, rounds=rounds) for case in cases]
     place = torch.device(device)
     facts = machine.facts(place)
     console = Console(stderr=True)
@@ -97,6 +103,9 @@ def _suite_command(suite: str, purpose: str) -> None:
         only: Annotated[
             str | None, typer.Option(help="One part of the suite, such as hat or nextvit.")
         ] = None,
+        rounds: Annotated[
+            int | None, typer.Option(help="Interleaved runs of each; default: per case.")
+        ] = None,
         out: Annotated[Path, typer.Option(help="Folder for the JSON, the plot and the page.")] = Path(
             "bench"
         ),
@@ -105,9 +114,9 @@ def _suite_command(suite: str, purpose: str) -> None:
             int | None, typer.Option(help="Threads of PyTorch; default: the cores it may use.")
         ] = None,
     ) -> None:
-        data = run(suite, quick=quick, only=only, out=out, device=device, threads=threads)
+        data = run(suite, quick=quick, only=only, rounds=rounds, out=out, device=device, threads=threads)
         console = Console()
-        console.print(report.table(data))
+        console.print(report.tables(data))
         console.print(f"{out / suite}.json, .md, .png")
 
     app.command(suite, help=f"Compare {purpose}.")(command)

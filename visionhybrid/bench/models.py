@@ -6,6 +6,7 @@ The targets are those of the project's first milestone, stated before anything w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -87,20 +88,16 @@ def _no_worse(runner: str) -> tuple[Target, ...]:
     return tuple(Target(runner=runner, what=what, limit=1.0) for what in ("time", "memory"))
 
 
-def inference(name: str, model: nn.Module, x: Tensor, *, bf16: bool = False) -> Runner:
-    """A forward pass without gradients; with `bf16` under autocast."""
+def inference(name: str, model: nn.Module, x: Tensor, *, autocast: bool = False) -> Runner:
+    """A forward pass without gradients, in the dtype of `x`; with `autocast` in bfloat16 where PyTorch thinks it safe."""
 
     def run() -> Tensor:
-        with torch.inference_mode(), torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=bf16):
+        with torch.inference_mode(), torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
             return model(x)
 
-    return Runner(
-        name=name,
-        run=run,
-        holds=(model, x),
-        tolerance=BF16_TOLERANCE if bf16 else 1e-4,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
-    )
+    dtype = torch.bfloat16 if autocast else x.dtype
+    tolerance = 1e-4 if dtype == torch.float32 else BF16_TOLERANCE
+    return Runner(name=name, run=run, holds=(model, x), tolerance=tolerance, dtype=dtype)
 
 
 def training(
@@ -151,8 +148,8 @@ def _hat(side: int, device: torch.device) -> list[Runner]:
     return [
         inference("spandrel", theirs, x),
         inference("visionhybrid", ours, x),
-        inference("spandrel bf16", theirs, x, bf16=True),
-        inference("visionhybrid bf16", ours, x, bf16=True),
+        inference("spandrel bf16", theirs, x, autocast=True),
+        inference("visionhybrid bf16", ours, x, autocast=True),
     ]
 
 
@@ -190,12 +187,13 @@ def _nextvit(batch: int, size: int, device: torch.device) -> list[Runner]:
     tuned = timm.utils.reparameterize_model(tuned, inplace=True).to(memory_format=torch.channels_last)
     ours.deploy()
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device)
+    half = torch.bfloat16
     return [
         inference("timm", theirs, x),
         inference("timm folded, channels_last", tuned, x.to(memory_format=torch.channels_last)),
         inference("visionhybrid", ours, x),
-        inference("timm bf16", theirs, x, bf16=True),
-        inference("visionhybrid bf16", ours, x, bf16=True),
+        inference("timm bf16", copy.deepcopy(theirs).to(half), x.to(half)),
+        inference("visionhybrid bf16", copy.deepcopy(ours).to(half), x.to(half)),
     ]
 
 

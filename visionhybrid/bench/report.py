@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -66,28 +68,30 @@ def _row(row: Measured, base: Measured) -> dict[str, Any]:
     }
 
 
-def table(data: Record) -> Table:
-    """The record for a terminal."""
+def tables(data: Record) -> Group:
+    """The record for a terminal: one table a case."""
     note = " (quick: small sizes, nothing is judged)" if data["quick"] else ""
-    view = Table(title=f"visionhybrid.bench {data['suite']}{note}", title_justify="left", expand=False)
-    view.add_column("case")
-    for name in ("time", "x peer", "target", "x floor", "peak memory", "x peer", "target"):
+    return Group(Text(f"visionhybrid.bench {data['suite']}{note}", style="bold"), *map(_table, data["cases"]))
+
+
+def _table(case: Record) -> Table:
+    view = Table(
+        title=f"\n{case['title']}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
+    view.add_column("")
+    for name in ("time", "x peer", "target", "x floor", "memory", "x peer", "target"):
         view.add_column(name, justify="right", no_wrap=True)
-    for case in data["cases"]:
-        view.add_section()
-        view.add_row(Text(case["title"], style="bold"))
-        for row in case["runners"]:
-            floor = f"{row['time'] / row['floor']:.1f}" if row["floor"] else ""
-            view.add_row(
-                f"  {row['name']}",
-                seconds(row["time"]),
-                f"{row['ratio']:.2f}",
-                _mark(case, row["name"], "time"),
-                floor,
-                mebibytes(row["memory"]),
-                f"{row['memory_ratio']:.2f}",
-                _mark(case, row["name"], "memory"),
-            )
+    for row in case["runners"]:
+        view.add_row(
+            row["name"],
+            seconds(row["time"]),
+            f"{row['ratio']:.2f}",
+            _mark(case, row["name"], "time"),
+            f"{row['time'] / row['floor']:.1f}" if row["floor"] else "",
+            mebibytes(row["memory"]),
+            f"{row['memory_ratio']:.2f}",
+            _mark(case, row["name"], "memory"),
+        )
     return view
 
 
@@ -147,6 +151,7 @@ def plot(data: Record, path: Path) -> Path:
                     va="center",
                     fontsize=8,
                     color="#333",
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
                 )
                 ticks.append(y)
                 labels.append(row["name"] if i else f"{row['name']} (peer)")
