@@ -22,10 +22,16 @@ HERE = Path(__file__).parent
 # without what each process does with its own half of the batch (dropout, batch norm, mixing), the sums are the same
 EXACT = "dropout=0.0, norm=False, mixing=False, loop_steps=8, loop_validate_every=4"
 CODE = """
-import sys
+import os, sys
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from train_case import toy
 from visionhybrid.train import run
 if __name__ == "__main__":
+    if "FSDP_VERSION" in os.environ:
+        # accelerate offers FSDP only where it sees accelerators; torch's own works with gloo
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     run(toy({}), sys.argv[1], progress=False)
 """
 
@@ -91,7 +97,8 @@ def test_two_processes_are_one(tmp_path, environment):
             weights(tmp_path / "two", name), weights(tmp_path / "one", name), rtol=1e-3, atol=1e-5
         )
     found = json.loads((tmp_path / "two" / "environment.json").read_text())
-    assert (found["processes"], found["distributed"]) == (2, "FSDP" if environment else "MULTI_CPU")
+    expected = (2, "FSDP", True) if environment else (2, "MULTI_CPU", False)
+    assert (found["processes"], found["distributed"], found["sharded"]) == expected
     # a checkpoint of two processes is continued by one, with the same global batches
     path = tmp_path / "two" / "checkpoints" / "step_00000008"
     state.shutil.rmtree(path)

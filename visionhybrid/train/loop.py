@@ -8,6 +8,7 @@ bits, with any number of loading processes. See `sampler.py` and tests/test_resu
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -439,10 +441,13 @@ def make_accelerator(precision: str) -> Accelerator:
         accelerator = Accelerator(mixed_precision=precision)
     except ValueError as error:
         raise ConfigError(f"loop.precision: {precision} does not work on this machine: {error}") from None
-    if (
-        precision == "fp16" and accelerator.scaler is None
-    ):  # accelerate would compute in float32 without a word
-        raise ConfigError(f"loop.precision: fp16 does not work on {accelerator.device.type}; use bf16 or no")
+    device = accelerator.device.type
+    # in both cases accelerate would do something else without a word: DDP, and float32
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.FSDP:
+        raise ConfigError(f"accelerate has no FSDP on {device}; launch without --use_fsdp")
+    if precision == "fp16" and accelerator.scaler is None:
+        raise ConfigError(f"loop.precision: fp16 does not work on {device}; use bf16 or no")
     return accelerator
 
 

@@ -108,6 +108,7 @@ def environment(trainer: Trainer) -> dict[str, Any]:
         "device": str(trainer.accelerator.device),
         "processes": trainer.accelerator.num_processes,
         "distributed": trainer.accelerator.distributed_type.value,
+        "sharded": trainer.sharded,
         "threads": torch.get_num_threads(),
         "commit": _commit(),
     }
