@@ -92,6 +92,10 @@ class Picture:
         """(width, height) in pixels."""
         return self.pixels.shape[2], self.pixels.shape[1]
 
+    def save(self, path: str | Path, *, format: str | None = None, quality: int | None = None) -> None:
+        """`write_image(path, self, ...)`."""
+        write_image(path, self, format=format, quality=quality)
+
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 
