@@ -492,9 +492,21 @@ def test_save_leaves_the_old_file_when_writing_fails(toy, tmp_path, monkeypatch)
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("visionhybrid.models.checkpoint.saving.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        save(toy, path)
+    toy.head.bias.data.zero_()
+    with monkeypatch.context() as patch:
+        patch.setattr("visionhybrid.models.checkpoint.saving.save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            save(toy, path)
+    assert path.read_bytes() == before
+
+    def stopped(source, target):
+        raise KeyboardInterrupt
+
+    # Whatever happens before the last step, the renaming, the old file is as it was.
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            save(toy, path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["toy.safetensors"]
 
