@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
 from dataclasses import replace
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from visionhybrid.bench import SUITES, machine, report
 from visionhybrid.bench.floor import measure_peaks
 from visionhybrid.bench.harness import measure
+from visionhybrid.train.state import write_text
 
 app = typer.Typer(
     add_completion=False,
@@ -82,17 +82,10 @@ def run(
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        write(out / f"{suite}.json", json.dumps(data, indent=1) + "\n")
-        write(out / f"{suite}.md", report.page([data]))
+        write_text(out / f"{suite}.json", json.dumps(data, indent=1) + "\n")
+        write_text(out / f"{suite}.md", report.page([data]))
         report.plot(data, out / f"{suite}.png")
     return data
-
-
-def write(path: Path, text: str) -> None:
-    """`text` at `path`, never half of it."""
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def _suite_command(suite: str, purpose: str) -> None:
@@ -132,7 +125,7 @@ def page(
     to: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/benchmarks.md"),
 ) -> None:
     """Render records as one Markdown page."""
-    write(to, report.page([json.loads(path.read_text(encoding="utf-8")) for path in records]))
+    write_text(to, report.page([json.loads(path.read_text(encoding="utf-8")) for path in records]))
     Console().print(str(to))
 
 

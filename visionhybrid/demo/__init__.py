@@ -9,7 +9,6 @@ run does not reach is said in the report and raised as `TargetMissedError`, so t
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import time
 from datetime import datetime, timezone
@@ -22,6 +21,7 @@ from rich.table import Table
 from visionhybrid.bench import machine
 from visionhybrid.demo import page
 from visionhybrid.demo.measure import Digits, Photographs, learn_digits, learn_photographs
+from visionhybrid.train.state import write_text
 
 ACCURACY, GAIN = 97.0, 0.5  # percent of held-out digits; dB on Y over bicubic on held-out photographs
 PACKAGES = ("visionhybrid", "torch", "timm", "accelerate", "scikit-learn", "scikit-image", "numpy", "pillow")
@@ -50,10 +50,12 @@ def run(out: str | Path, *, quick: bool = False, progress: bool = True) -> Path:
     console = Console(stderr=True, quiet=not progress)
     start = time.perf_counter()
     facts = machine.facts(torch.device("cpu"))
-    # What the two runs take here, measured on two quiet cores; only for the announcement.
-    console.rule("[bold]1 of 2[/]  Next-ViT learns handwritten digits (about half a minute)", align="left")
+    console.rule(
+        "[bold]1 of 2[/]  Next-ViT learns handwritten digits (about half a minute on two quiet cores)",
+        align="left",
+    )
     digits = learn_digits(out, quick=quick, progress=progress)
-    console.rule("[bold]2 of 2[/]  HAT learns to double photographs (about four minutes)", align="left")
+    console.rule("[bold]2 of 2[/]  HAT learns to double photographs (about three minutes)", align="left")
     photographs = learn_photographs(out, quick=quick, progress=progress)
     report = page.Report(
         digits=digits,
@@ -67,8 +69,8 @@ def run(out: str | Path, *, quick: bool = False, progress: bool = True) -> Path:
         versions=machine.versions(PACKAGES),
     )
     path = out / "report.html"
-    _write(out / "report.json", json.dumps(page.numbers(report), indent=1) + "\n")
-    _write(path, page.html(report))
+    write_text(out / "report.json", json.dumps(page.numbers(report), indent=1) + "\n")
+    write_text(path, page.html(report))
     console.print(_table(report))
     if report.missed:
         raise TargetMissedError(
@@ -102,12 +104,6 @@ def _command(out: Path, quick: bool) -> str:
             ["python", "-c", f"from visionhybrid.demo import run; run({str(out)!r}, quick=True)"]
         )
     return shlex.join(["visionhybrid", "demo", "--out", str(out)])
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def _table(report: page.Report) -> Table:
