@@ -186,6 +186,8 @@ def test_pooling_ratio_that_no_shape_shows_must_be_given():
         with pytest.raises(ValueError, match=r"shows in no shape; pass sr_ratios="):
             visionhybrid.load(state)
         assert visionhybrid.load(state, sr_ratios=(8, 2, 2, 1)).stages[1].blocks[-1].e_mhsa.run == 4
+        # Depths given as to the constructor: the rest has the constructor's defaults.
+        assert visionhybrid.load(state, depths=TINY["depths"]).stages[1].blocks[-1].e_mhsa.run == 16
     none = tiny(sr_ratios=(1, 1, 1, 1))
     assert visionhybrid.load(none.state_dict()).stages[1].blocks[-1].e_mhsa.run == 1
 

@@ -92,7 +92,7 @@ def options(state: Mapping[str, Tensor], **given: Any) -> dict[str, Any]:
     """Keywords of `NextViT`, read from keys and shapes; `given` adds what shows in none, under our names or the authors'.
 
     Not to be seen are `strides` (the default is right for every published model) and, of other than the published depths,
-    `sr_ratios`.
+    `sr_ratios`; whoever gives `depths`, as to the constructor, gets the constructor's default of both.
 
     Raises:
         ValueError: `given` contradicts a shape, or the sr ratios must be given and are not.
@@ -110,10 +110,9 @@ def options(state: Mapping[str, Tensor], **given: Any) -> dict[str, Any]:
     ]
     if not {"sr_ratios"} & given.keys():
         if deployed or any(pooled):
-            usual = tuple(seen["depths"]) in PUBLISHED_DEPTHS and (
-                deployed or pooled == [False, True, True, False]
-            )
-            if not usual:
+            # Published depths, or depths given as to the constructor, which then has its own default for the rest.
+            known = tuple(seen["depths"]) in PUBLISHED_DEPTHS or "depths" in given
+            if not (known and (deployed or pooled == [False, True, True, False])):
                 raise ValueError(
                     "how many tokens the attention pools shows in no shape; pass sr_ratios=, such as (8, 4, 2, 1)"
                 )
