@@ -186,9 +186,9 @@ OPERATORS = {
         ),
         samples={
             "one token": _scan(1, 1, 1, 1, delta_softplus=True),
-            "states, one a channel": _scan(2, 8, 131, 1, groups=4, C=False, delta_softplus=True),
-            "states, three, steps of any sign": _scan(2, 6, 67, 3, groups=2, C=False, bias=False),
-            "16 states, skip": _scan(1, 12, 130, 16, delta_softplus=True),
+            "states, one a channel": _scan(2, 8, 67, 1, groups=4, C=False, delta_softplus=True),
+            "states, three, steps of any sign": _scan(1, 6, 40, 3, groups=2, C=False, bias=False),
+            "16 states, skip": _scan(1, 5, 33, 16, delta_softplus=True),
             "a group a channel": _scan(2, 3, 40, 2, groups=3, delta_softplus=True),
             "reversed": _scan(2, 6, 65, 1, delta_softplus=True, reverse=True),
             "cross-scan": _scan(

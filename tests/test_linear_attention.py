@@ -197,3 +197,49 @@ def test_bad_input_names_it(change, message):
     given = dict(q=torch.randn(1, 2, 3, 4), k=torch.randn(1, 2, 5, 4), v=torch.randn(1, 2, 5, 4)) | change
     with pytest.raises(ValueError, match=f"linear_attention: {message}"):
         arguments(**given)
+
+
+def shards(x, sizes, rank):
+    return x.split(sizes, 2)[rank]
+
+
+def sharded(rank: int, world: int, sizes: list[int], folder: str) -> None:
+    """One rank: its shard of a problem that every rank draws whole; forward and gradients against the whole."""
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, cotangent = (
+        torch.randn(2, 3, sum(sizes), 8, dtype=torch.float64, generator=generator) for _ in range(4)
+    )
+    keep = torch.rand(2, sum(sizes), generator=generator) < 0.6
+    for options in (dict(norm="linfusion"), dict(norm="sana", feature_map="relu", eps=0.1)):
+        whole = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = linear_attention(*whole, key_mask=keep, **options)
+        grads = torch.autograd.grad(out, whole, cotangent)
+        mine = [shards(x, sizes, rank).clone().requires_grad_() for x in (q, k, v)]
+        own = linear_attention(
+            *mine,
+            key_mask=keep.split(sizes, 1)[rank],
+            group=torch.distributed.group.WORLD,
+            **options,
+        )
+        torch.testing.assert_close(own, shards(out, sizes, rank))
+        own_grads = torch.autograd.grad(own, mine, shards(cotangent, sizes, rank))
+        for a, b in zip(own_grads, grads, strict=True):
+            torch.testing.assert_close(a, shards(b, sizes, rank))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("sizes", [[13, 13], [5, 20, 1]], ids=["two equal ranks", "three uneven ranks"])
+def test_a_sequence_over_several_processes_equals_one(sizes, tmp_path):
+    torch.multiprocessing.spawn(sharded, (len(sizes), sizes, str(tmp_path)), nprocs=len(sizes))
+
+
+def test_the_reference_refuses_a_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        x = torch.randn(1, 1, 4, 4)
+        with pytest.raises(ValueError, match="knows one process"):
+            linear_attention(x, x, x, group=torch.distributed.group.WORLD, backend="reference")
+    finally:
+        torch.distributed.destroy_process_group()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from visionhybrid.kernels.dispatch import pick
 from visionhybrid.kernels.linear_attention import eager, reference
@@ -44,6 +45,7 @@ def arguments(
     scale: float = 1.0,
     key_mask: Tensor | None = None,
     rotated: tuple[Tensor, Tensor] | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Any, ...]:
     """The checked, complete arguments that every backend takes."""
     mode, default = _named("norm", norm, NORMS)
@@ -64,7 +66,7 @@ def arguments(
             f"linear_attention: key_mask must be boolean {(B, M)}, got {key_mask.dtype} {tuple(key_mask.shape)}"
         )
     eps = default if eps is None else float(eps)
-    return *tensors.values(), key_mask, feature_map, mode, eps, float(scale)
+    return *tensors.values(), key_mask, feature_map, mode, eps, float(scale), group
 
 
 @checked
@@ -79,6 +81,7 @@ def linear_attention(
     scale: float = 1.0,
     key_mask: Bool[Tensor, "b m"] | None = None,
     rotated: tuple[Float[Tensor, "b heads n d"], Float[Tensor, "b heads m d"]] | None = None,
+    group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "b heads n e"]:
     """out[i] = scale * p[i] S / (p[i] . z + eps), S = avg_j r[j]^T v[j], z = avg_j r[j], p = phi(q), r = phi(k).
@@ -95,13 +98,24 @@ def linear_attention(
         key_mask: (B, M), True for keys that count. Padding may hold anything, NaN too; a row without keys gives 0.
         rotated: (q~, k~) of the shapes of q and k, taken as they are instead of p and r in the numerator only: rotary
             embedding beside a positive normaliser (MLLA, RALA, SANA-Video).
+        group: the sequence is sharded over these ranks: q, k, v, key_mask are this rank's tokens (any number of them), sums
+            and means run over all. One all-reduce of heads x D x (E + 1) numbers forward, one backward.
         backend: "auto", "eager", "triton", or "reference" (N x M weights in float64, differentiable twice).
     Returns: dtype of q, tokens and heads laid out as in q. Sums are kept in float32 (float64 for float64).
         Under autocast q, k, v are cast to its type first, as for `scaled_dot_product_attention`.
     Raises: ValueError: shapes or dtypes disagree, an option is unknown, or the named backend cannot run this call.
     """
     args = arguments(
-        q, k, v, feature_map=feature_map, norm=norm, eps=eps, scale=scale, key_mask=key_mask, rotated=rotated
+        q,
+        k,
+        v,
+        feature_map=feature_map,
+        norm=norm,
+        eps=eps,
+        scale=scale,
+        key_mask=key_mask,
+        rotated=rotated,
+        group=group,
     )
     return pick("linear_attention", BACKENDS, backend, args).forward(*args)
 

@@ -8,12 +8,15 @@ two and is as small as a head, so averaging and the all-reduce are ordinary PyTo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from visionhybrid.kernels.operators import end_of_derivatives, register
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Operators(NamedTuple):
@@ -110,13 +113,37 @@ def compose(
     norm: str,
     eps: float,
     scale: float,
+    group: ProcessGroup | None,
 ) -> Tensor:
     """The whole of linear attention; `norm` is "mean", "sum" or "none"."""
     state = operators.state(k, v, k_rotated, key_mask, feature_map)
+    count = state.new_full((len(k),), k.shape[2]) if key_mask is None else key_mask.sum(1).to(state.dtype)
+    if group is not None:
+        total = AllReduce.apply(torch.cat([state.flatten(), count]), group)
+        state, count = total[: state.numel()].view_as(state), total[state.numel() :]
     if norm == "mean":
         # Divided after the sums: 1 / M times a value underflows in half precision. A row without keys: 0, not 0 / 0.
-        state = state / (k.shape[2] if key_mask is None else key_mask.sum(1).clamp(min=1).view(-1, 1, 1, 1))
+        state = state / count.clamp(min=1).view(-1, 1, 1, 1)
     if scale != 1:
         # S only: the normaliser stays.
         state = torch.cat([state[..., :-1] * scale, state[..., -1:]], -1)
     return operators.apply(q, state, q_rotated, feature_map, norm != "none", eps)
+
+
+class AllReduce(torch.autograd.Function):
+    """The sum over ranks; so is its gradient, since every rank's result depends on every rank's part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return AllReduce.total(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return AllReduce.total(grad, ctx.group), None
+
+    @staticmethod
+    def total(x: Tensor, group: ProcessGroup) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(x, group=group)
+        return x

@@ -15,7 +15,7 @@ FEATURES = {
 
 
 def unsupported(*args) -> str | None:
-    return None
+    return None if args[-1] is None else "knows one process, group must be None"
 
 
 def forward(
@@ -29,6 +29,7 @@ def forward(
     norm: str,
     eps: float,
     scale: float,
+    group: None,
 ) -> Tensor:
     """See `linear_attention`; `norm` is "mean", "sum" or "none" here. Returns float64."""
     phi = FEATURES[feature_map]

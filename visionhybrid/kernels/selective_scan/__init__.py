@@ -10,6 +10,7 @@ order (the CUDA kernels use atomics).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,7 +20,11 @@ from visionhybrid.kernels.dispatch import pick
 from visionhybrid.kernels.selective_scan import eager, reference
 from visionhybrid.kernels.shapes import Float, checked
 
-BACKENDS = {"reference": reference, "eager": eager}
+BACKENDS: dict[str, Any] = {"reference": reference, "eager": eager}
+if find_spec("triton"):  # it exists for Linux only
+    from visionhybrid.kernels.selective_scan import triton
+
+    BACKENDS["triton"] = triton
 
 
 def arguments(
