@@ -249,7 +249,7 @@ def hat_samples_x2() -> Restoration:
         schedule=Schedule(name="cosine", warmup=20, warmup_lr=1e-3, min_lr=4e-4),
         loop=Loop(
             batch_size=8,
-            steps=1500,
+            steps=1000,
             ema_decay=0.99,
             ema_warmup=True,
             workers=0,
