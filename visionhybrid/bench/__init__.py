@@ -8,4 +8,5 @@ from __future__ import annotations
 # suite -> (module, what it compares, packages whose versions the record must name)
 SUITES: dict[str, tuple[str, str]] = {
     "models": ("visionhybrid.bench.models", "whole models and training steps beside timm and spandrel"),
+    "kernels": ("visionhybrid.bench.kernels", "operators beside what one would use without them"),
 }

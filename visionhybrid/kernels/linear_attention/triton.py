@@ -193,24 +193,36 @@ def _pull(
         tl.store(drotated + place, tl.where(real[:, None], pulled, 0.0), mask=wanted)
 
 
-def blocks(D: int, E: int) -> dict[str, int]:
-    """Tile sizes and warps: rows of D whole, fewer of them as they get longer."""
+def blocks(D: int, E: int, exact: bool, walks: bool = False) -> dict[str, int]:
+    """Tile sizes and warps: rows of D whole, fewer of them as they get longer; `walks` for the kernel that loops over E.
+
+    `exact` float32 products run without matrix units, from registers: larger tiles than these spill (tests/test_aot.py).
+    """
     block_d = max(16, triton.next_power_of_2(D))
+    if exact:
+        rows, columns = 16 if block_d > 128 or (walks and block_d == 128) else 32, 32
+    else:
+        rows = 64 if block_d <= 64 else 32 if block_d == 128 and not walks else 16
+        columns = 32 if walks or block_d > 128 else 64
     return dict(
-        BLOCK_N=64 if block_d <= 64 else 32,
+        BLOCK_N=rows,
         BLOCK_D=block_d,
-        BLOCK_E=min(max(16, triton.next_power_of_2(E)), 64 if block_d <= 128 else 32),
-        num_warps=4 if block_d <= 64 else 8,
+        BLOCK_E=min(max(16, triton.next_power_of_2(E)), columns),
+        num_warps=4 if block_d <= 32 else 8,
     )
 
 
 def _constants(
-    x: Tensor, D: int, E: int, feature_map: str, rotated: Tensor | None, keep: Tensor | None
+    x: Tensor, E: int, feature_map: str, rotated: Tensor | None, keep: Tensor | None, walks: bool = False
 ) -> dict[str, Any]:
-    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    exact = x.dtype == torch.float32
     return dict(
-        FEATURES=feature_map, ROTATED=rotated is not None, KEEP=keep is not None, PRECISION=precision, **blocks(D, E)
-    )  # fmt: skip
+        FEATURES=feature_map,
+        ROTATED=rotated is not None,
+        KEEP=keep is not None,
+        PRECISION="ieee" if exact else "tf32",
+        **blocks(x.shape[3], E, exact, walks),
+    )
 
 
 def _strides(*tensors: Tensor | None) -> list[int]:
@@ -227,7 +239,7 @@ def _sum_outer(
 ) -> Tensor:
     B, heads, N, D = x.shape
     E = y.shape[3]
-    constants = _constants(x, D, E, feature_map, rotated, keep)
+    constants = _constants(x, E, feature_map, rotated, keep)
     tiles = triton.cdiv(E, constants["BLOCK_E"])
     steps = triton.cdiv(N, constants["BLOCK_N"])
     per_program = (
@@ -248,7 +260,7 @@ def _run_apply(
 ) -> Tensor:  # fmt: skip
     B, heads, N, D = x.shape
     E = out.shape[3]
-    constants = _constants(x, D, E, feature_map, rotated, keep)
+    constants = _constants(x, E, feature_map, rotated, keep)
     grid = (triton.cdiv(N, constants["BLOCK_N"]), triton.cdiv(E, constants["BLOCK_E"]), B * heads)
     _apply[grid](
         x, rotated, keep, state.contiguous(), out, eps, heads, N, D, E,
@@ -265,7 +277,7 @@ def _run_pull(
     B, heads, N, D = x.shape
     dx, drotated = like(x, D), like_or_empty(rotated, x)
     weights = torch.empty(B, heads, N, 2, device=x.device, dtype=torch.float32)
-    constants = _constants(x, D, y.shape[3], feature_map, rotated, keep)
+    constants = _constants(x, y.shape[3], feature_map, rotated, keep, walks=True)
     _pull[triton.cdiv(N, constants["BLOCK_N"]), B * heads](
         x, y, rotated, keep, state.contiguous(), dx, drotated, weights, eps, heads, N, D, y.shape[3],
         *_strides(x, y, rotated, dx, None if rotated is None else drotated),

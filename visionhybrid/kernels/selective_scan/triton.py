@@ -208,8 +208,11 @@ def _bwd(
         tl.store(dbias + row, dbias_sum, mask=own)
 
 
-def blocks(N: int) -> dict[str, int]:
-    return dict(BLOCK_C=BLOCK_C, BLOCK_L=BLOCK_L, BLOCK_S=triton.next_power_of_2(N), num_warps=4)
+def blocks(N: int, gradient: bool) -> dict[str, int]:
+    """Tile sizes and warps; the gradient holds twice as many tiles at once."""
+    return dict(
+        BLOCK_C=BLOCK_C, BLOCK_L=BLOCK_L, BLOCK_S=triton.next_power_of_2(N), num_warps=8 if gradient else 4
+    )
 
 
 def _directions(reverse: Sequence[bool]) -> int:
@@ -236,7 +239,7 @@ def _run_fwd(
         u.shape[1], u.shape[1] // groups, length, N,
         *_strides(u, delta, axes=3), *_strides(B, C, axes=4),
         STATES=C is None and starts is None, STARTS=starts is not None,
-        SKIP=D is not None, BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, **blocks(N),
+        SKIP=D is not None, BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, **blocks(N, False),
     )  # fmt: skip
 
 
@@ -295,7 +298,7 @@ def scan_backward(
             grad, u, delta, packed_A, B, C, packed_D, bias, starts, du, ddelta, dA, dB, dC, dD, dbias,
             _directions(reverse), channels, channels // groups, length, N,
             *g_strides, *_strides(u, delta, axes=3), *_strides(B, C, axes=4),
-            STATES=C is None, SKIP=D is not None, BIAS=bias is not None, SOFTPLUS=delta_softplus, **blocks(N),
+            STATES=C is None, SKIP=D is not None, BIAS=bias is not None, SOFTPLUS=delta_softplus, **blocks(N, True),
         )  # fmt: skip
     totals = (
         (dA.sum(0), A), (dB.sum(2), B), (dC if C is None else dC.sum(2), C), (dD.sum(0), D), (dbias.sum(0), delta_bias)

@@ -1,0 +1,165 @@
+"""Compiles Triton kernels ahead of time, for GPUs that are not here. Run as `python aot.py TARGET`: one JSON line a kernel.
+
+A process of its own, because under TRITON_INTERPRET=1, as the other tests run, `triton.jit` gives nothing to compile.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """A kernel and what its launcher passes: element types of pointers, constants; all else is an int32."""
+
+    name: str
+    kernel: Any
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    floats: tuple[str, ...] = ()
+    options: dict[str, Any]
+
+    def source(self) -> ASTSource:
+        signature, constants = {}, {}
+        for name in self.kernel.arg_names:
+            if name in self.constants:
+                signature[name], constants[name] = "constexpr", self.constants[name]
+            elif name in self.pointers:
+                signature[name] = f"*{self.pointers[name]}"
+            elif re.search(r"_s[del]$", name) and name != "d_sd":
+                # Innermost strides are 1 where the tensor is contiguous, and Triton makes that a constant.
+                signature[name], constants[name] = "constexpr", 1
+            else:
+                signature[name] = "fp32" if name in self.floats else "i32"
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, kind in enumerate(signature.values())
+            if kind.startswith("*")
+        }
+        return ASTSource(self.kernel, signature, constants, aligned)
+
+
+def _linear() -> Iterator[Build]:
+    from visionhybrid.kernels.linear_attention import triton as linear
+
+    def build(label, kernel, D, E, kind, absent=(), floats=(), **flags):
+        sizes = linear.blocks(D, E, kind == "fp32", kernel is linear._pull)
+        options = {key: sizes.pop(key) for key in ("num_warps",)}
+        fp32 = dict.fromkeys(("weights", "out", "state"), "fp32")
+        if kernel is linear._apply:
+            fp32.pop("out")
+        pointers = dict.fromkeys(("x", "y", "rotated", "dx", "drotated", "out"), kind) | fp32 | {"keep": "i1"}
+        constants = sizes | flags | dict.fromkeys(absent)
+        constants["PRECISION"] = "ieee" if kind == "fp32" else "tf32"
+        pointers = {n: t for n, t in pointers.items() if n in kernel.arg_names and n not in constants}
+        name = f"linear_attention {label} D={D} E={E} {kind} " + " ".join(str(f) for f in flags.values())
+        return Build(
+            name=name, kernel=kernel, pointers=pointers, constants=constants, floats=floats, options=options
+        )
+
+    # Every tile size in both precisions, with the flags of training without extras ...
+    plain = dict(FEATURES="elu", ROTATED=False, KEEP=False)
+    absent, eps = ("rotated", "keep"), ("eps",)
+    for D in (16, 32, 40, 128, 256):
+        for kind in ("bf16", "fp32"):
+            yield build("outer", linear._outer, D, D, kind, (*absent, "weights"), **plain, WEIGHTED=False)
+            yield build("apply", linear._apply, D, D, kind, absent, eps, **plain, NORMALISE=True)
+            yield build("pull", linear._pull, D, D, kind, absent, eps, **plain, MODE="divided")
+    # ... then every value of every flag, at the largest tiles.
+    for features, mode in zip(
+        ("elu", "relu", "identity", "softmax"), ("keys", "divided", "plain", "divided"), strict=True
+    ):
+        flags = dict(FEATURES=features, ROTATED=True, KEEP=True)
+        yield build("outer", linear._outer, 256, 256, "bf16", **flags, WEIGHTED=True)
+        yield build("apply", linear._apply, 256, 256, "bf16", floats=eps, **flags, NORMALISE=mode != "plain")
+        yield build("pull", linear._pull, 256, 256, "bf16", floats=eps, **flags, MODE=mode)
+
+
+def _scan() -> Iterator[Build]:
+    from visionhybrid.kernels.selective_scan import triton as scan
+
+    fp32 = ("A", "D", "bias", "starts", "dA", "dB", "dC", "dD", "dbias")
+
+    def build(label, kernel, N, kind, absent=(), **flags):
+        sizes = scan.blocks(N, kernel is scan._bwd)
+        options = {key: sizes.pop(key) for key in ("num_warps",)}
+        pointers = dict.fromkeys(("u", "delta", "B", "C", "grad", "out", "du", "ddelta"), kind)
+        pointers |= dict.fromkeys(fp32, "fp32")
+        if flags["STATES"]:
+            pointers |= {"out": "fp32", "grad": "fp32"}
+        constants = sizes | flags | dict.fromkeys(absent)
+        pointers = {n: t for n, t in pointers.items() if n in kernel.arg_names and n not in constants}
+        name = f"selective_scan {label} N={N} {kind} " + " ".join(f"{k}={v}" for k, v in flags.items())
+        return Build(name=name, kernel=kernel, pointers=pointers, constants=constants, options=options)
+
+    for N in (1, 16, 256):
+        for kind in ("bf16", "fp32"):
+            common = dict(BIAS=True, SOFTPLUS=True)
+            yield build(
+                "fwd", scan._fwd, N, kind, ("starts",), STATES=False, STARTS=False, SKIP=True, **common
+            )
+            yield build("bwd", scan._bwd, N, kind, STATES=False, SKIP=True, **common)
+    for common in (dict(BIAS=True, SOFTPLUS=True), dict(BIAS=False, SOFTPLUS=False)):
+        none = () if common["BIAS"] else ("bias",)
+        for N in (1, 3):
+            states = dict(STATES=True, SKIP=False)
+            yield build(
+                "fwd", scan._fwd, N, "bf16", ("C", "D", "starts", *none), **states, STARTS=False, **common
+            )
+            yield build("bwd", scan._bwd, N, "bf16", ("C", "D", *none), **states, **common)
+            yield build(
+                "starts",
+                scan._fwd,
+                N,
+                "bf16",
+                ("out", "D", *none),
+                STATES=False,
+                STARTS=True,
+                SKIP=False,
+                **common,
+            )
+
+
+def builds() -> list[Build]:
+    return [*_linear(), *_scan()]
+
+
+def compiled(build: Build, target: GPUTarget) -> dict[str, Any]:
+    """Compiles; bytes of shared memory and of registers spilled (per thread)."""
+    made = triton.compile(build.source(), target=target, options=build.options)
+    return {"name": build.name, "shared": made.metadata.shared, "spilled": _spilled(made, target)}
+
+
+def _spilled(made: Any, target: GPUTarget) -> int:
+    if target.backend == "hip":
+        return 4 * sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", made.asm["amdgcn"]))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # Our kernels have no arrays: what lies on the stack or in local memory was spilled.
+    return sum(int(n) for n in re.findall(r"\b(?:STACK|LOCAL):(\d+)", said))
+
+
+if __name__ == "__main__":
+    for one in builds():
+        sys.stdout.write(json.dumps(compiled(one, TARGETS[sys.argv[1]])) + "\n")
+        sys.stdout.flush()
