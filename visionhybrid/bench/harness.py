@@ -2,7 +2,8 @@
 
 A `Case` builds its `Runner`s in one process: the first is the peer, the base of every ratio. Before anything is timed each
 runner's output is compared with the peer's, so that no ratio is ever between two different computations. Times are taken
-in turns (A B C, A B C, ...): whatever else loads the machine meets all alike. A ratio is median over median.
+in turns (A B C, A B C, ...), and a ratio is the median of the ratios within each turn: whatever else loads the machine for
+a while meets all alike and moves few of them.
 """
 
 from __future__ import annotations
@@ -77,6 +78,13 @@ class Measured:
     @property
     def time(self) -> float:
         return statistics.median(self.seconds)
+
+    def ratios(self, base: Measured) -> list[float]:
+        """Own time over that of `base`, round by round."""
+        return [own / other for own, other in zip(self.seconds, base.seconds, strict=True)]
+
+    def ratio(self, base: Measured) -> float:
+        return statistics.median(self.ratios(base))
 
     @property
     def memory(self) -> int:
@@ -205,7 +213,8 @@ def _judge(case: Case, rows: Sequence[Measured]) -> list[Verdict]:
     by_name = {row.name: row for row in rows}
     verdicts = []
     for target in case.targets:
-        value = getattr(by_name[target.runner], target.what) / getattr(rows[0], target.what)
+        row = by_name[target.runner]
+        value = row.ratio(rows[0]) if target.what == "time" else row.memory / rows[0].memory
         verdicts.append(
             Verdict(
                 runner=target.runner,

@@ -55,12 +55,12 @@ def record(
 
 
 def _row(row: Measured, base: Measured) -> dict[str, Any]:
-    pairs = [own / other for own, other in zip(row.seconds, base.seconds, strict=True)]
+    pairs = row.ratios(base)
     low, _, high = statistics.quantiles(pairs, n=4, method="inclusive") if len(pairs) > 1 else (pairs[0],) * 3
     return {
         **asdict(row),
         "time": row.time,
-        "ratio": row.time / base.time,
+        "ratio": row.ratio(base),
         # Quartiles of the ratios within each round: how steady the ratio was while the machine's load changed.
         "ratio_quartiles": [low, high],
         "memory": row.memory,
@@ -71,7 +71,20 @@ def _row(row: Measured, base: Measured) -> dict[str, Any]:
 def tables(data: Record) -> Group:
     """The record for a terminal: one table a case."""
     note = " (quick: small sizes, nothing is judged)" if data["quick"] else ""
-    return Group(Text(f"visionhybrid.bench {data['suite']}{note}", style="bold"), *map(_table, data["cases"]))
+    head = [Text(f"visionhybrid.bench {data['suite']}{note}", style="bold")]
+    if _busy(data):
+        head.append(Text(_busy(data), style="yellow"))
+    return Group(*head, *map(_table, data["cases"]))
+
+
+def _busy(data: Record) -> str:
+    """A warning if something else was running when the run began; with two threads each, times are then mostly chance."""
+    load, cores = data["machine"].get("load_1min", 0.0), data["machine"]["cores"]
+    return (
+        f"The machine was not quiet: load {load} on {cores} cores before the run."
+        if load > 0.25 * cores
+        else ""
+    )
 
 
 def _table(case: Record) -> Table:
@@ -201,6 +214,9 @@ def _suite(data: Record) -> Iterator[str]:
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + "."
     )
+    if _busy(data):
+        yield ""
+        yield f"**{_busy(data)}** Times below are not to be quoted."
     if data["peaks"] is not None:
         flops = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {name}" for name, rate in data["peaks"]["flops"].items())
         yield ""
@@ -239,8 +255,8 @@ _METHOD = """
 
 - One process, the same weights on both sides, outputs compared before anything is timed (`error`: relative L2 against the
   peer; for a training step, of the loss's gradient at the input). A difference beyond the tolerance ends the run.
-- Times are medians of interleaved runs (A B C, A B C, ...); a ratio is median over median, its quartiles are those of the
-  ratios within each round. The first line of each table is the peer, exactly as its own library creates it.
+- Times are medians of interleaved runs (A B C, A B C, ...); a ratio is the median of the ratios within each round, beside
+  its quartiles, so that a passing load on the machine moves few of them. The first line of each table is the peer, exactly as its own library creates it.
 - Peak memory is what must be there before the call (weights, optimiser state, input) plus the growth of the process's
   resident set at its peak (`VmHWM`, reset through `/proc/self/clear_refs` after `malloc_trim`; on CUDA the allocator's peak).
   The record also holds `live`, the bytes of tensors alive at once, counted operator by operator: exact, but blind to
