@@ -5,7 +5,7 @@ A suite is a module of this package with `cases(*, quick, only) -> list[Case]`; 
 
 from __future__ import annotations
 
-# suite -> (module, what it compares, packages whose versions the record must name)
+# suite -> (module, what it compares)
 SUITES: dict[str, tuple[str, str]] = {
     "models": ("visionhybrid.bench.models", "whole models and training steps beside timm and spandrel"),
     "kernels": ("visionhybrid.bench.kernels", "operators beside what one would use without them"),
