@@ -18,16 +18,24 @@ from visionhybrid.models.restorer import Restorer, working_dtype
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, as EDSR's authors measured it
 
 
-class Linear(nn.Linear):
-    """A linear layer on (B, H, W, C). On CPU it runs as a 1x1 convolution: oneDNN's is 3 x MKL's product on AMD CPUs."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer on (B, H, W, C). On CPU it runs as a 1x1 convolution: oneDNN's is 2 x MKL's product on AMD CPUs."""
+    if x.device.type != "cpu" or torch.compiler.is_exporting():
+        return F.linear(x, weight, bias)
+    # Rows become the batch: of a batch of one, PyTorch runs a 1x1 convolution elsewhere if it has a single thread.
+    rows = x.flatten(0, 1)[:, None].permute(0, 3, 1, 2)  # (B * H, C, 1, W)
+    y = F.conv2d(rows, weight[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:3], -1)
 
+
+def accumulate(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
+    """x + alpha * y; into x where nothing is kept for a backward pass: new memory costs more than the sum."""
+    return torch.add(x, y, alpha=alpha) if torch.is_grad_enabled() else x.add_(y, alpha=alpha)
+
+
+class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or torch.compiler.is_exporting():
-            return super().forward(x)
-        # Rows become the batch: of a batch of one, PyTorch runs a 1x1 convolution elsewhere if it has a single thread.
-        rows = x.flatten(0, 1)[:, None].permute(0, 3, 1, 2)  # (B * H, C, 1, W)
-        y = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:3], -1)
+        return linear(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -165,8 +173,8 @@ class HybridBlock(nn.Module):
         kind = working_dtype(x, self.mixer.qkv.weight)
         n = self.norm1(x).to(kind)
         x = x + self.drop_path(self.mixer(n))
-        x = torch.add(x, self.conv(n.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), alpha=self.conv_scale)
-        return x + self.drop_path(self.mlp(self.norm2(x).to(kind)))
+        x = accumulate(x, self.conv(n.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), self.conv_scale)
+        return accumulate(x, self.drop_path(self.mlp(self.norm2(x).to(kind))))
 
 
 class OverlapBlock(nn.Module):
@@ -201,7 +209,7 @@ class OverlapBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kind = working_dtype(x, self.mixer.qkv.weight)
         x = x + self.mixer(self.norm1(x).to(kind))
-        return x + self.mlp(self.norm2(x).to(kind))
+        return accumulate(x, self.mlp(self.norm2(x).to(kind)))
 
 
 class Group(nn.Module):
