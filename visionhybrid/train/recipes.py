@@ -11,16 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import visionhybrid.configs
 from visionhybrid.train.config import Config, ConfigError, from_json
 
 Recipe = Callable[[], Config]
+# Where recipes are looked for, by name: they stand on `train.config`, so nothing here may import them outright.
+PACKAGE = "visionhybrid.configs"
 
 
 def names() -> dict[str, Recipe]:
     """Every recipe of the package: name -> function. Its docstring has command, expected time and published number."""
     found: dict[str, Recipe] = {}
-    for info in pkgutil.iter_modules(visionhybrid.configs.__path__, "visionhybrid.configs."):
+    for info in pkgutil.iter_modules(importlib.import_module(PACKAGE).__path__, f"{PACKAGE}."):
         found.update(_recipes(importlib.import_module(info.name)))
     return dict(sorted(found.items()))
 
