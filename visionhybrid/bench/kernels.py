@@ -76,7 +76,7 @@ def _linear_cases(quick: bool) -> list[Case]:
                 title=f"linear_attention beside softmax attention, (2, 8, {N}, 40)",
                 build=partial(_linear, N),
                 targets=() if times is None else (_faster(times),),
-                rounds=2 if quick else 5,
+                rounds=2 if quick else 3,
                 judged=not quick,
             )
             for N, times in beside_softmax.items()
