@@ -196,3 +196,19 @@ def test_bad_input_is_named(change, message):
     )
     with pytest.raises(ValueError, match=message):
         neighborhood_attention(**arguments)
+
+
+def test_autocast_rounds_inputs_and_nothing_else():
+    q, k, v = (torch.randn(1, 2, 14, 14, 16) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = neighborhood_attention(q, k, v, kernel_size=5)
+    rounded = [x.bfloat16() for x in (q, k, v)]
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, neighborhood_attention(*rounded, kernel_size=5))
+
+
+def test_second_derivative_is_refused():
+    q, k, v = (torch.randn(1, 1, 5, 5, 4, requires_grad=True) for _ in range(3))
+    (grad,) = torch.autograd.grad(neighborhood_attention(q, k, v, kernel_size=3).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="neighborhood_attention: second derivatives"):
+        grad.sum().backward()

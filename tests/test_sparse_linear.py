@@ -219,3 +219,21 @@ def test_bad_input_is_named(change, message):
     arguments = dict(zip("qkv", (torch.randn(1, 2, 9, 4) for _ in range(3)), strict=True)) | change
     with pytest.raises(ValueError, match=message):
         sparse_linear_attention(**arguments)
+
+
+def test_autocast_rounds_inputs_and_nothing_else():
+    q, k, v = (torch.randn(1, 2, 90, 16) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = sparse_linear_attention(q, k, v, topk=0.5)
+    want = sparse_linear_attention(*(x.bfloat16() for x in (q, k, v)), topk=0.5)
+    assert got.sparse.dtype == got.linear.dtype == torch.bfloat16
+    assert torch.equal(got.sparse, want.sparse)
+    assert torch.equal(got.linear, want.linear)
+
+
+def test_second_derivative_is_refused():
+    q, k, v = (torch.randn(1, 1, 20, 4, requires_grad=True) for _ in range(3))
+    out = sparse_linear_attention(q, k, v, variant="sparse", block_q=8, block_k=8).sparse
+    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="sparse_linear_attention: second derivatives"):
+        grad.sum().backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from visionhybrid.kernels.neighborhood_attention import tiled
 from visionhybrid.kernels.neighborhood_attention.geometry import axes_of
+from visionhybrid.kernels.operators import end_of_derivatives, register
 
 
 def unsupported(*args: object) -> str | None:
     return None
 
 
-@torch.library.custom_op("visionhybrid::neighborhood_attention", mutates_args=())
+@partial(register, "neighborhood_attention")
 def attention_op(
     q: Tensor,
     k: Tensor,
@@ -37,7 +39,7 @@ def _(q, k, v, rpb, kernel_size, dilation, stride, causal, scale):
     return v.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=lse)
 
 
-@torch.library.custom_op("visionhybrid::neighborhood_attention_backward", mutates_args=())
+@partial(register, "neighborhood_attention_backward")
 def attention_backward_op(
     grad: Tensor,
     q: Tensor,
@@ -78,7 +80,7 @@ def _attention_gradient(ctx, grad, _):
 attention_op.register_autograd(_attention_gradient, setup_context=_save_attention)
 
 
-@torch.library.custom_op("visionhybrid::neighborhood_scores", mutates_args=())
+@partial(register, "neighborhood_scores")
 def scores_op(
     q: Tensor,
     k: Tensor,
@@ -95,7 +97,7 @@ def _(q, k, rpb, kernel_size, dilation, scale):
     return q.new_empty(*q.shape[:-1], prod(kernel_size))
 
 
-@torch.library.custom_op("visionhybrid::neighborhood_scores_backward", mutates_args=())
+@partial(register, "neighborhood_scores_backward")
 def scores_backward_op(
     grad: Tensor,
     q: Tensor,
@@ -131,7 +133,7 @@ def _scores_gradient(ctx, grad):
 scores_op.register_autograd(_scores_gradient, setup_context=_save_scores)
 
 
-@torch.library.custom_op("visionhybrid::neighborhood_aggregate", mutates_args=())
+@partial(register, "neighborhood_aggregate")
 def aggregate_op(weights: Tensor, v: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]) -> Tensor:
     return tiled.aggregate(weights, v, axes_of(v.shape[2:-1], kernel_size, dilation))
 
@@ -141,7 +143,7 @@ def _(weights, v, kernel_size, dilation):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("visionhybrid::neighborhood_aggregate_backward", mutates_args=())
+@partial(register, "neighborhood_aggregate_backward")
 def aggregate_backward_op(
     grad: Tensor, weights: Tensor, v: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
@@ -163,6 +165,13 @@ def _aggregate_gradient(ctx, grad):
 
 
 aggregate_op.register_autograd(_aggregate_gradient, setup_context=_save_aggregate)
+
+for backward_op, name in (
+    (attention_backward_op, "neighborhood_attention"),
+    (scores_backward_op, "neighborhood_scores"),
+    (aggregate_backward_op, "neighborhood_aggregate"),
+):
+    end_of_derivatives(backward_op, name)
 
 
 forward, scores, aggregate = attention_op, scores_op, aggregate_op

@@ -35,6 +35,21 @@ def forward(
     main: phi(q) H / (1e-5 + phi(q) z) with H = phi(k)^T v and z = sum phi(k) over all keys.
     v1, paper: the same without eps, H and z over the marginal blocks of each query block; zero where a row has none.
     """
+    with torch.autocast(q.device.type, enabled=False):  # it would round the float32 sums
+        return _forward(q, k, v, block_map, key_mask, block_q, block_k, feature_map, variant)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: Tensor,
+    key_mask: Tensor | None,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+    variant: str,
+) -> Tensor:
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
     fq, fk, values = feature(q.to(wide), feature_map), feature(k.to(wide), feature_map), v.to(wide)
     if key_mask is not None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from visionhybrid.kernels.operators import end_of_derivatives, register
 from visionhybrid.kernels.sparse_linear_attention import linear
 from visionhybrid.kernels.sparse_linear_attention.blocks import lookup
 
 
 def define(backend: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
     """Registers the sparse branch of a backend; the signatures are those of `gathered.py`."""
-    name = f"visionhybrid::block_sparse_attention_{backend}"
-    op = torch.library.custom_op(name, forward, mutates_args=())
-    backward_op = torch.library.custom_op(f"{name}_backward", backward, mutates_args=())
+    op = register(f"block_sparse_attention_{backend}", forward)
+    backward_op = register(f"block_sparse_attention_{backend}_backward", backward)
 
     @op.register_fake
     def _(q, k, v, lut, mask, block_q, block_k, scale):
@@ -36,10 +37,11 @@ def define(backend: str, forward: Callable[..., Any], backward: Callable[..., An
         return *backward_op(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
     op.register_autograd(gradient, setup_context=save)
+    end_of_derivatives(backward_op, "sparse_linear_attention")
     return op
 
 
-@torch.library.custom_op("visionhybrid::block_lookup", mutates_args=())
+@partial(register, "block_lookup")
 def lookup_op(block_map: Tensor, width: int) -> Tensor:
     """`blocks.lookup`; its `width` columns are known beforehand, or 0 where the longest row decides."""
     return lookup(block_map)

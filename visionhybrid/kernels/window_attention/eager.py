@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
+
+from visionhybrid.kernels.operators import end_of_derivatives, register
 
 Pair = tuple[int, int]
 LOG2E = math.log2(math.e)
@@ -227,7 +230,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     out.copy_(y.view_as(out))
 
 
-@torch.library.custom_op("visionhybrid::window_attention", mutates_args=())
+@partial(register, "window_attention")
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -281,7 +284,7 @@ def _(q, k, v, bias, window, reach, shift, scale):
     return v.new_empty(v.shape), lse
 
 
-@torch.library.custom_op("visionhybrid::window_attention_backward", mutates_args=())
+@partial(register, "window_attention_backward")
 def _attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -351,12 +354,8 @@ def _differentiate(ctx, grad, _):
     return *grads, None if bias is None else dbias, None, None, None, None
 
 
-def _refuse(ctx, *grads):
-    raise NotImplementedError("window_attention: no second derivative; backend='reference' has one")
-
-
 _attention.register_autograd(_differentiate, setup_context=_save)
-_attention_backward.register_autograd(_refuse)
+end_of_derivatives(_attention_backward, "window_attention")
 
 
 @register_flop_formula(torch.ops.visionhybrid.window_attention)
