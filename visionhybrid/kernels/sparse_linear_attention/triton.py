@@ -189,6 +189,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
         return "needs a GPU, or TRITON_INTERPRET=1"
     if q.dtype == torch.float64:
         return "float64 has no tensor cores: use eager"
+    if q.dtype == torch.float32 and not INTERPRETED:
+        return "exact float32 products of these tiles spill kilobytes of registers (compiled for sm_80): use eager"
     if INTERPRETED and q.dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 wrongly"
     if max(q.shape[-1], v.shape[-1]) > WIDEST:
