@@ -15,6 +15,11 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
+def widened(x: Tensor) -> torch.dtype:
+    """The type of sums, states and normalisers over `x`: float32, or float64 if it is that."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def wide(x: Tensor) -> Tensor:
-    """`x` in the type of sums: float32, or float64 if it is that."""
-    return x if x.dtype == torch.float64 else x.float()
+    """`x` in the type of sums."""
+    return x.to(widened(x))

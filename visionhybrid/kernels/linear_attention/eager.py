@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from visionhybrid.kernels.linear_attention import ops
-from visionhybrid.kernels.linear_attention.ops import like, like_or_empty, widened
+from visionhybrid.kernels.linear_attention.ops import like, like_or_empty
+from visionhybrid.kernels.precision import widened
 
 # Elements of one chunk of (B, heads, tokens, D): 2 MB in float32, which with its features and products fits the L2 of two
 # cores. (1, 8, 65536, 40) on an EPYC 9005: 58, 54, 60, 79 ms for 2^18 to 2^21.

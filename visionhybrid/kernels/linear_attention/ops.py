@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from visionhybrid.kernels.operators import end_of_derivatives, register
+from visionhybrid.kernels.precision import widened
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,11 +31,6 @@ class Operators(NamedTuple):
     apply: Any
     state_backward: Any
     apply_backward: Any
-
-
-def widened(x: Tensor) -> torch.dtype:
-    """The type to compute and accumulate in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def like(x: Tensor, dim: int) -> Tensor:

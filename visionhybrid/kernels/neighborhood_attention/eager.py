@@ -12,6 +12,7 @@ from torch import Tensor
 from visionhybrid.kernels.neighborhood_attention import tiled
 from visionhybrid.kernels.neighborhood_attention.geometry import axes_of
 from visionhybrid.kernels.operators import end_of_derivatives, register
+from visionhybrid.kernels.precision import widened
 
 
 def unsupported(*args: object) -> str | None:
@@ -35,8 +36,7 @@ def attention_op(
 
 @attention_op.register_fake
 def _(q, k, v, rpb, kernel_size, dilation, stride, causal, scale):
-    lse = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return v.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=lse)
+    return v.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=widened(q))
 
 
 @partial(register, "neighborhood_attention_backward")

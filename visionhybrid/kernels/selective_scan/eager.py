@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visionhybrid.kernels.precision import widened
 from visionhybrid.kernels.selective_scan import ops
-from visionhybrid.kernels.selective_scan.ops import widened
 
 # States of one chunk (channels x tokens x N): 4 MB in float32, of which a handful stay in a 32 MB L3.
 CHUNK = 2**20

@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from visionhybrid.kernels.operators import end_of_derivatives, register
+from visionhybrid.kernels.precision import widened
 
 
 class Operators(NamedTuple):
     scan: Any
     scan_backward: Any
-
-
-def widened(x: Tensor) -> torch.dtype:
-    """The type of steps, decays and states."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def result(u: Tensor, A: Tensor, C: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionhybrid.kernels.precision import widened
 from visionhybrid.kernels.sparse_linear_attention.blocks import MARGINAL
 
 EPS_MAIN = 1e-5  # thu-ml/SLA main, added to the denominator; v1 has none
@@ -50,7 +51,7 @@ def _forward(
     feature_map: str,
     variant: str,
 ) -> Tensor:
-    wide = q.dtype if q.dtype == torch.float64 else torch.float32
+    wide = widened(q)
     fq, fk, values = feature(q.to(wide), feature_map), feature(k.to(wide), feature_map), v.to(wide)
     if key_mask is not None:
         fk = fk * key_mask[:, None, :, None]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from visionhybrid.kernels.operators import end_of_derivatives, register
+from visionhybrid.kernels.precision import widened
 from visionhybrid.kernels.sparse_linear_attention import linear
 from visionhybrid.kernels.sparse_linear_attention.blocks import lookup
 
@@ -21,8 +22,7 @@ def define(backend: str, forward: Callable[..., Any], backward: Callable[..., An
 
     @op.register_fake
     def _(q, k, v, lut, mask, block_q, block_k, scale):
-        lse = torch.float64 if q.dtype == torch.float64 else torch.float32
-        return v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=lse)
+        return v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=widened(q))
 
     @backward_op.register_fake
     def _(grad, q, k, v, out, lse, lut, mask, block_q, block_k, scale):
