@@ -1,0 +1,39 @@
+"""What a run does, as data: frozen dataclasses, `key=value` overrides, JSON.
+
+A recipe (`visionhybrid/configs/*.py`) returns one of the `Config` subclasses of `tasks`; its class decides the task. Batch
+size means the global one: all processes, all accumulated micro-batches.
+"""
+
+from visionhybrid.train.config.common import Config, ConfigError, Guard, Loop, Model, Optim, Schedule
+from visionhybrid.train.config.saved import check, diff, from_json, to_json
+from visionhybrid.train.config.tasks import (
+    Adversarial,
+    Augment,
+    Classification,
+    Images,
+    Pictures,
+    Restoration,
+)
+from visionhybrid.train.config.words import flat, override
+
+__all__ = [
+    "Adversarial",
+    "Augment",
+    "Classification",
+    "Config",
+    "ConfigError",
+    "Guard",
+    "Images",
+    "Loop",
+    "Model",
+    "Optim",
+    "Pictures",
+    "Restoration",
+    "Schedule",
+    "check",
+    "diff",
+    "flat",
+    "from_json",
+    "override",
+    "to_json",
+]

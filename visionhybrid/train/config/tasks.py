@@ -1,0 +1,112 @@
+"""The tasks: what each adds to `common.Config`. A new task is a new subclass and the file it names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from visionhybrid.train.config.common import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """A labelled image set."""
+
+    dataset: str = ""  # what timm.data.create_dataset calls `name`: "" (folder or tar), "hfds/...", "wds/..."; or "digits"
+    root: str = ""
+    train: str = "train"  # splits
+    held_out: str = "validation"
+    class_map: str = ""
+    num_classes: int = 1000
+    image_size: int = 224
+    repeat: int = 1  # passes that count as one epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """timm's training transforms, mixing and label smoothing, and the evaluation transform."""
+
+    scale: tuple[float, ...] = (0.08, 1.0)
+    ratio: tuple[float, ...] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    color_jitter: float | None = None
+    policy: str | None = None  # RandAugment and the like, in timm's words: "rand-m9-mstd0.5-inc1"
+    erase: float = 0.0
+    erase_mode: Literal["const", "rand", "pixel"] = "pixel"
+    erase_count: int = 1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    mix_switch: float = 0.5
+    mix_mode: Literal["batch", "pair", "elem"] = "batch"
+    smoothing: float = 0.0
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    eval_size: int | None = None  # shorter side before the centre crop; None: int(image_size / crop)
+    crop: float = 0.875
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(Config):
+    data: Images = Images()
+    augment: Augment = Augment()
+    eval_batch: int = 64
+
+    task: ClassVar[str] = "classification"
+    entry: ClassVar[str] = "visionhybrid.train.classify:Classify"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Low-quality pictures and their ground truth."""
+
+    # "samples": the built-in photographs; "folder": good pictures, degraded on the fly; "pairs": two folders
+    source: Literal["samples", "folder", "pairs"] = "folder"
+    high: str = ""  # folder of good pictures
+    low: str = ""  # pairs: folder of their low-quality partners
+    names: str = ""  # file that lists the pictures of `high` to use, one a line
+    degradation: Literal["bicubic", "noise", "jpeg", "second_order"] = "bicubic"
+    strength: tuple[
+        float, ...
+    ] = ()  # noise: sigma or its range, in 8-bit levels; jpeg: the qualities to choose from
+    # second_order: "sharp" trains towards unsharp-masked pictures, "both" gives them besides (an adversarial run sets it)
+    truth: Literal["plain", "sharp", "both"] = "plain"
+    held_out_high: str = ""  # empty: no validation (folder, pairs)
+    held_out_low: str = ""  # empty: made from held_out_high
+    held_out_crop: int | None = None  # validate on the central crop of so many low-quality pixels a side
+    scale: int = 4
+    channels: Literal[1, 3] = 3
+    patch: int = 64  # side of the low-quality patch
+    orient: Literal["all", "flip", "none"] = "all"
+    enlarge: bool = False  # pictures smaller than the patch are enlarged instead of skipped
+    repeat: int = 1  # patches taken from a picture in one epoch
+    cache_mb: int = 0  # decoded pictures kept in memory, in each loading process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restoration(Config):
+    data: Pictures = Pictures()
+    loss: Literal["l1", "mse", "charbonnier", "frequency", "ssim"] = "l1"
+    tile: int | None = None  # validation in tiles of this many input pixels; None: whole where memory allows
+    space: Literal["y", "rgb"] = "y"  # of PSNR and SSIM
+
+    task: ClassVar[str] = "restoration"
+    entry: ClassVar[str] = "visionhybrid.train.restore:Restore"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversarial(Restoration):
+    """Restoration with a perceptual loss and a discriminator; `loss` is that of the pixels. `optim` serves both networks."""
+
+    pixel_weight: float = 1.0
+    perceptual_weight: float = 1.0  # 0: without, and without VGG's weights
+    adversarial_weight: float = 0.1
+    sharp: tuple[
+        Literal["pixel", "perceptual", "adversarial"], ...
+    ] = ()  # losses that see unsharp-masked truth
+    vgg: str = ""  # file of torchvision's VGG19 weights; empty: the one in torch's hub cache
+    width: int = 64  # of the discriminator
+
+    task: ClassVar[str] = "adversarial"
+    entry: ClassVar[str] = "visionhybrid.train.gan:RestoreAdversarially"
