@@ -21,6 +21,7 @@ from visionhybrid.data.errors import CorruptSample
 from visionhybrid.data.seeds import mix
 from visionhybrid.train.config import Config, Loop, Model, Optim, Schedule
 from visionhybrid.train.sampler import Sample, stack
+from visionhybrid.train.start import Released
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class ToyData:
         return {"x": x + 0.1 * noise, "y": x.sum().sin(), "index": torch.tensor(index)}
 
 
-class ToyTask:
+class ToyTask(Released):
     metric, higher_is_better, repeat = "error", False, 1
 
     def __init__(self, config: Toy) -> None:

@@ -22,7 +22,7 @@ from visionhybrid.train.sampler import Sample, stack
 from visionhybrid.train.task import share
 
 
-class Classify:
+class Classify(start.Released):
     """See `task.Task`. Metrics: top1 and top5 in percent, loss (cross entropy without smoothing)."""
 
     metric, higher_is_better = "top1", True

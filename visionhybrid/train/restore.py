@@ -36,7 +36,7 @@ class Pairs(Protocol):
     def name(self, index: int) -> str: ...
 
 
-class Restore:
+class Restore(start.Released):
     """See `task.Task`. Metrics over whole held-out pictures: psnr, ssim, and psnr_bicubic where the scale is above 1."""
 
     metric, higher_is_better = "psnr", True

@@ -16,8 +16,6 @@ import torch
 from torch import nn
 
 import visionhybrid
-from visionhybrid.models import checkpoint, registry
-from visionhybrid.models.checkpoint import saving
 from visionhybrid.train import card, log, recipes, state, task
 from visionhybrid.train.config import Config, check, diff, from_json, to_json
 from visionhybrid.train.loop import Trainer, make_accelerator
@@ -39,7 +37,7 @@ def run(
         resume: False: an `out` that already holds a run is an error.
         progress: print a progress line and what a person should know.
     Returns: `metrics` (last validation: name -> value), `history` (lines of log.jsonl), `steps`, `seconds`, `train_samples`, `out`, `weights`
-        (path loadable by `visionhybrid.load`), `samples` (folder of pictures). A dry run: see `dryrun.rehearse`.
+        (what `visionhybrid.load` opens; of a generator a diffusers pipeline), `samples` (folder of pictures). A dry run: see `dryrun.rehearse`.
     Raises: ConfigError, ValueError: the config or the data cannot be used. CheckpointError: disk full, or no checkpoint of
         `out` is valid. DivergedError: the guard gave up. Interrupted: a signal came; a checkpoint was written.
     """
@@ -134,8 +132,8 @@ def _commit() -> str:
 
 def _finish(trainer: Trainer) -> dict[str, Any]:
     """Release the weights, write the card, gather what a caller wants to know."""
-    weights = trainer.out / "model.safetensors"
-    _release(trainer, weights)
+    weights = trainer.out / trainer.task.released
+    _release(trainer)
     history = list(log.read(trainer.log.path))
     samples = trainer.out / "samples" / f"step_{trainer.step:08d}"
     result = {
@@ -153,25 +151,19 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     return result
 
 
-def _release(trainer: Trainer, path: Path) -> None:
-    """Write the (averaged) weights of the first part, with what `visionhybrid.load` and a reader need to know."""
-    facts = trainer.task.metadata()
-    classes, cfg = facts.pop("classes", None), facts.pop("pretrained_cfg", {})
-    facts |= {"recipe": trainer.config.name, "step": trainer.step, "metrics": trainer.metrics}
+def _release(trainer: Trainer) -> None:
+    """Write the (averaged) weights of the first part, with what a loader and a reader need to know."""
+    facts = {**trainer.task.metadata(), "recipe": trainer.config.name, "step": trainer.step}
+    facts["metrics"] = trainer.metrics
     with trainer.evaluating() as model:
-        tensors = state.whole(model.state_dict())  # every process takes part
-        if not trainer.accelerator.is_main_process:
-            return
         if trainer.sharded:
+            tensors = state.whole(model.state_dict())  # every process takes part
             model = trainer.task.parts()[trainer.main.name]
             model.load_state_dict(tensors)
-        model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **cfg}
-        text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
-        if trainer.config.model.name in registry.SYSTEM_OF:
-            checkpoint.save(model, path, classes=classes, metadata=text)
-        else:  # any timm model can be trained here; timm reads its weights back
-            saving.write(tensors, path, {**text, "architecture": trainer.config.model.name})
-            trainer.log.note(trainer.step, f"{path.name}: load with timm.create_model(checkpoint_path=...)")
+        if not trainer.accelerator.is_main_process:
+            return
+        trainer.task.release(model, trainer.out / trainer.task.released, facts)
+    trainer.tell()
 
 
 def validate(
@@ -185,9 +177,10 @@ def validate(
         limit: so many batches or pictures only.
     """
     config = recipes.find(config) if isinstance(config, str) else check(config)
+    judge = task.build(config)
     if not isinstance(model, nn.Module):
-        model = visionhybrid.load(model)
+        model = judge.open(model)
     accelerator = make_accelerator("no")
     model = model.to(accelerator.device).eval()
     with torch.no_grad():
-        return task.build(config).validate(model, accelerator, limit)
+        return judge.validate(model, accelerator, limit)

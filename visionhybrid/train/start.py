@@ -1,16 +1,20 @@
-"""Networks by name, with or without weights to start from."""
+"""Networks of timm's registry by name: made, started from weights, released."""
 
 from __future__ import annotations
 
 import difflib
+import json
+from pathlib import Path
 from typing import Any
 
 import timm
 from torch import nn
 
 import visionhybrid.models  # noqa: F401 - registers the vh_ names
-from visionhybrid.models import checkpoint
-from visionhybrid.train.config import ConfigError, Model
+from visionhybrid.models import checkpoint, registry
+from visionhybrid.models.checkpoint import saving
+from visionhybrid.train import state
+from visionhybrid.train.config import Config, ConfigError, Model
 
 
 def create(model: Model, notes: list[str], **given: Any) -> nn.Module:
@@ -35,3 +39,25 @@ def create(model: Model, notes: list[str], **given: Any) -> nn.Module:
             )
         notes.append(f"started from {model.start}: {done}")
     return net
+
+
+class Released:
+    """How the tasks on networks of timm's registry release them and open them again. Needs `config` and `notes`."""
+
+    released = "model.safetensors"
+    config: Config
+    notes: list[str]
+
+    def release(self, model: nn.Module, path: Path, facts: dict[str, Any]) -> None:
+        classes, cfg = facts.pop("classes", None), facts.pop("pretrained_cfg", {})
+        model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **cfg}
+        text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+        name = self.config.model.name
+        if name in registry.SYSTEM_OF:
+            checkpoint.save(model, path, classes=classes, metadata=text)
+        else:  # any timm model can be trained here; timm reads its weights back
+            saving.write(state.whole(model.state_dict()), path, {**text, "architecture": name})
+            self.notes.append(f"{path.name}: load with timm.create_model(checkpoint_path=...)")
+
+    def open(self, path: str | Path) -> nn.Module:
+        return checkpoint.load(path)

@@ -26,6 +26,7 @@ class Task(Protocol):
     metric: str  # the entry of validate() that says which checkpoint is best
     higher_is_better: bool
     notes: list[str]  # what a person should know; the loop logs and removes them
+    released: str  # file or folder of the run directory that the weights are released as
 
     def parts(self) -> dict[str, nn.Module]: ...
 
@@ -51,6 +52,14 @@ class Task(Protocol):
 
     def metadata(self) -> dict[str, Any]:
         """JSON-able facts that travel with the released weights (class names, ...)."""
+        ...
+
+    def release(self, model: nn.Module, path: Path, facts: dict[str, Any]) -> None:
+        """Write the first part, with its final weights, as users load it."""
+        ...
+
+    def open(self, path: str | Path) -> nn.Module:
+        """A released first part, or whatever else a user may have for it, in eval mode."""
         ...
 
 
