@@ -1,0 +1,13 @@
+"""Attention as a part: `(q, k, v, grid) -> out`, one file each, the same module in diffusers models and timm transformers.
+
+    mixer = create("clear", dim=3072, heads=24, head_dim=128, radius=16)
+    out = mixer(q, k, v, grid=(64, 64), text_tokens=512)
+
+`base.Mixer` is the contract, `about(name)` says what a mixer needs of its host, `mixer.cost(grid=...)` what it costs.
+"""
+
+from visionhybrid.mixers import linfusion, softmax  # noqa: F401  (each file registers its mixer)
+from visionhybrid.mixers.base import About, Cost, Mixer
+from visionhybrid.mixers.registry import about, create, list_mixers
+
+__all__ = ["About", "Cost", "Mixer", "about", "create", "list_mixers"]

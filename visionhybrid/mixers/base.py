@@ -1,0 +1,120 @@
+"""What every mixer shares: the module's contract, its cost, and how its class is described."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+__all__ = ["About", "Cost", "Mixer", "attention_cost", "linear_cost"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One forward pass over one sample. `bytes` counts what has to be read and written at least once."""
+
+    macs: int
+    bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.macs + other.macs, self.bytes + other.bytes)
+
+    def seconds(self, macs_per_second: float, bytes_per_second: float) -> float:
+        """The roofline's bound: arithmetic or memory, whichever is slower."""
+        return max(self.macs / macs_per_second, self.bytes / bytes_per_second)
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """A registered mixer: where it comes from, and what it needs of its host."""
+
+    name: str
+    mixer: type[Mixer]
+    purpose: str  # one line
+    paper: str
+    source: str  # code whose numbers it gives, owner/repo@commit; empty where there is none
+    license: str  # of that code
+    grids: tuple[int, ...]  # numbers of axes a grid may have: (2,), (2, 3); empty if the grid does not matter
+    text: bool  # joint sequences [text, image] are welcome
+    masks: bool  # `forward` takes `key_mask`, (B, N) bool, True for real keys
+    parameters: bool  # has parameters of its own (under its default options)
+    training_free: bool  # meant to replace softmax in a trained model without training
+    options: dict[str, Any]  # name -> default
+
+
+class Mixer(nn.Module):
+    """Mixes tokens: `forward(q, k, v, *, grid, text_tokens=0)`, `(B, heads, N, D)` -> `(B, heads, N, D)`.
+
+    q and k come after rotary embedding and norms. The sequence is `[text, image]`: first `text_tokens` tokens without a place
+    (text, class or register tokens), then `prod(grid)` image tokens in row-major order, `grid` being `(H, W)` or `(T, H, W)`.
+    A mixer with `about.masks` also takes `key_mask`, (B, N) bool, True for keys that count.
+
+    A mixer that changes the hidden states before the projections has a method `hidden(x) -> (x_q, x_k)`.
+
+    Args:
+        dim: channels of the hidden states. heads, head_dim: of q, k, v.
+        scale: of the logits, `head_dim ** -0.5` if None. Mixers without logits have no such option.
+    """
+
+    about: ClassVar[About]
+    options: dict[
+        str, Any
+    ]  # JSON-able; `create(name, dim=, heads=, head_dim=, **options)` builds the same module
+
+    def __init__(self, *, dim: int, heads: int, head_dim: int, scale: float | None = None) -> None:
+        super().__init__()
+        self.dim, self.heads, self.head_dim, self.scale = dim, heads, head_dim, scale
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, grid: Sequence[int], text_tokens: int = 0
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def cost(self, *, grid: Sequence[int], text_tokens: int = 0, bytes_per: int = 2) -> Cost:
+        """Of `forward` (and `hidden`) on one sample, as a function of length.
+
+        Args:
+            grid: sides of the image in tokens, or `(tokens,)` for a mixer that does not mind.
+            bytes_per: size of an element.
+        """
+        raise NotImplementedError
+
+    def check(self, q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int], text_tokens: int) -> None:
+        """ValueError unless the operands agree with each other, with the grid and with this mixer."""
+        name, about = self.about.name, self.about
+        shapes = [tuple(x.shape) for x in (q, k, v)]
+        # Where the grid does not matter, keys may be others than the queries' own tokens.
+        same = q.shape == k.shape if about.grids else q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
+        if q.ndim != 4 or k.ndim != 4 or not same or v.shape[:3] != k.shape[:3]:
+            raise ValueError(f"{name}: q, k, v must be (B, heads, N, D) alike, got {shapes}")
+        if q.shape[3] != self.head_dim:
+            raise ValueError(f"{name}: built for head dim {self.head_dim}, got {q.shape[3]}")
+        if about.grids and len(grid) not in about.grids:
+            raise ValueError(
+                f"{name}: grid must have {' or '.join(map(str, about.grids))} axes, got {tuple(grid)}"
+            )
+        if text_tokens < 0 or q.shape[2] != text_tokens + prod(grid):
+            raise ValueError(
+                f"{name}: {q.shape[2]} tokens are not {text_tokens} of text and a grid of {tuple(grid)}"
+            )
+        if text_tokens and not about.text:
+            raise ValueError(f"{name}: cannot mix joint text tokens, got {text_tokens}")
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in getattr(self, "options", {}).items())
+
+
+def attention_cost(queries: int, keys: int, mixer: Mixer, bytes_per: int) -> Cost:
+    """Softmax attention of every query to `keys` keys each: two products; q, k, v read and the output written once."""
+    width = mixer.heads * mixer.head_dim
+    return Cost(macs=2 * queries * keys * width, bytes=4 * queries * width * bytes_per)
+
+
+def linear_cost(tokens: int, mixer: Mixer, bytes_per: int) -> Cost:
+    """Linear attention: one D x (D + 1) state a head, made and applied once."""
+    width = mixer.heads * mixer.head_dim
+    state = width * (mixer.head_dim + 1)
+    return Cost(macs=2 * tokens * state, bytes=4 * tokens * width * bytes_per + 8 * state)
