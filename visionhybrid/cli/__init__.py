@@ -1,13 +1,13 @@
 """The `visionhybrid` command.
 
 Thin: each subcommand calls one function of the package and prints what it returns. app.py has the parser, the one place where
-errors become one line and an exit status (1 failure, 2 wrong usage, 130 stopped), and what subcommands share; models.py, use.py
-and training.py have the subcommands; show.py prints.
+errors become one line and an exit status (1 failure, 2 wrong usage, 130 stopped), and what subcommands share; models.py, use.py,
+training.py and kernels.py have the subcommands; show.py prints.
 """
 
 from visionhybrid.cli.app import app, main
 
 # Importing a module of subcommands adds them to `app`, in this order.
-from visionhybrid.cli import training as training, use as use, models as models  # isort: skip
+from visionhybrid.cli import training as training, use as use, models as models, kernels as kernels  # isort: skip
 
 __all__ = ["app", "main"]

@@ -54,6 +54,7 @@ app = typer.Typer(
     "  visionhybrid inspect HAT_SRx4.pth\n"
     "  visionhybrid restore photos/ restored/ --model HAT_SRx4.pth\n"
     "  visionhybrid train nextvit_digits optim.lr=3e-4\n"
+    "  visionhybrid kernels\n"
     "\n`visionhybrid COMMAND --help` has more of each. Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped.",
 )
 
@@ -164,7 +165,7 @@ Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show a
 
 def open_model(model: str, weights: str = "", key: str = "", options: list[str] | None = None) -> nn.Module:
     """The model that `--model` (and `--weights`, `--key`, `--option`) name, ready for use."""
-    given = dict(_option(word) for word in options or ())
+    given = dict(parse_option(word) for word in options or ())
     import visionhybrid
     from visionhybrid.models import registry
 
@@ -188,7 +189,8 @@ def open_model(model: str, weights: str = "", key: str = "", options: list[str] 
     return checkpoint.load_as(model, weights, key=key or None, **given)
 
 
-def _option(word: str) -> tuple[str, Any]:
+def parse_option(word: str) -> tuple[str, Any]:
+    """NAME=VALUE; the value as JSON where it is that."""
     name, equals, text = word.partition("=")
     if not equals or not name:
         raise UsageError(f"--option takes NAME=VALUE, got {word!r}")
