@@ -111,11 +111,16 @@ def test_eager_equals_definition(data, dims, dtype):
     v = torch.randn(2, *spatial, 2, value_width).movedim(-2, 1).to(dtype)
     rpb = torch.randn(2, *[2 * size - 1 for size in kernel]) if data.draw(st.booleans()) else None
     cotangent = torch.randn(2, 2, *spatial, value_width)
+    beside = data.draw(st.integers(0, 3))
+    extra = [torch.randn(2, beside, 2, d).transpose(1, 2).to(dtype) for d in (width, value_width)]
     grads = {}
     for backend, wide in (("reference", torch.float64), ("eager", dtype)):
-        leaves = [leaf(x.to(wide)) for x in (q, k, v)] + ([] if rpb is None else [leaf(rpb)])
-        bias = leaves[3] if rpb is not None else None
-        out = neighborhood_attention(*leaves[:3], rpb=bias, backend=backend, **options)
+        leaves = [leaf(x.to(wide)) for x in (q, k, v, *(extra if beside else ()))]
+        named = dict(extra=tuple(leaves[3:]) or None)
+        if rpb is not None:
+            leaves.append(leaf(rpb))
+            named["rpb"] = leaves[-1]
+        out = neighborhood_attention(*leaves[:3], backend=backend, **named, **options)
         grads[backend] = [out, *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
     for got, want in zip(grads["eager"], grads["reference"], strict=True):
         # A gradient that vanishes (one key per query) is compared on the scale of the cotangent.
@@ -135,6 +140,10 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(
         lambda q, k, b: neighborhood_scores(q, k, rpb=b, kernel_size=3, scale=0.7), (q, k, rpb)
     )
+    extra = [torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, *x: neighborhood_attention(q, k, v, extra=x, **options), (q, k, v, *extra)
+    )
     weights = torch.rand(1, 2, 5, 4, 9, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda w, v: neighborhood_aggregate(w, v, **options), (weights, v))
 
@@ -145,8 +154,10 @@ def test_operators_are_registered_whole():
     rpb = torch.randn(2, 5, 5, requires_grad=True)
     weights = torch.rand(1, 2, 5, 6, 9, requires_grad=True)
     ops = torch.ops.visionhybrid
-    torch.library.opcheck(ops.neighborhood_attention, (q, k, v, rpb, [3, 3], [1, 2], [1, 1], [0, 0], 0.5))
-    torch.library.opcheck(ops.neighborhood_attention, (q, k, v, None, [3, 3], [1, 2], [2, 1], [0, 1], 0.5))
+    extra = [torch.randn(1, 2, 3, 4, requires_grad=True) for _ in range(2)]
+    for bias, pair, steps in ((rpb, extra, [1, 1]), (None, [None, None], [2, 1])):
+        args = (q, k, v, bias, *pair, [3, 3], [1, 2], steps, [0, 1], 0.5)
+        torch.library.opcheck(ops.neighborhood_attention, args)
     torch.library.opcheck(ops.neighborhood_scores, (q, k, rpb, [3, 3], [1, 1], 0.5))
     torch.library.opcheck(ops.neighborhood_aggregate, (weights, v, [3, 3], [1, 1]))
 
@@ -187,6 +198,7 @@ def test_compiles_without_a_break():
         (dict(stride=4), "stride must not exceed kernel_size"),
         (dict(causal=[True]), "causal needs 2 values"),
         (dict(rpb=torch.zeros(2, 3, 3)), "rpb must be"),
+        (dict(extra=(torch.zeros(1, 2, 3, 5),) * 2), "extra must be keys"),
         (dict(backend="tritn"), "no backend 'tritn' here; have reference, eager"),
     ],
 )

@@ -32,12 +32,14 @@ def arguments(
     stride: Ints = 1,
     causal: bool | Sequence[bool] = False,
     rpb: Tensor | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
 ) -> tuple[Any, ...]:
     """The checked, complete arguments that every backend takes."""
     op = "neighborhood_attention"
-    q, k, v = autocast(q, k, v)
+    q, k, v, *extra = autocast(q, k, v, *(extra or (None, None)))
     n = _check(op, q=q, k=k, v=v)
+    _check_extra(op, q, v, *extra)
     kernel, dil = _sizes(op, "kernel_size", kernel_size, n), _sizes(op, "dilation", dilation, n)
     steps = _sizes(op, "stride", stride, n)
     flags = [int(c) for c in ([causal] * n if isinstance(causal, bool) else causal)]
@@ -46,7 +48,8 @@ def arguments(
     if any(s > size for s, size in zip(steps, kernel, strict=True)):
         raise ValueError(f"{op}: stride must not exceed kernel_size {kernel}, got {steps}")
     _check_rpb(op, rpb, q, kernel)
-    return q, k, v, rpb, kernel, dil, steps, flags, q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return q, k, v, rpb, *extra, kernel, dil, steps, flags, scale
 
 
 def neighborhood_attention(
@@ -59,6 +62,7 @@ def neighborhood_attention(
     stride: Ints = 1,
     causal: bool | Sequence[bool] = False,
     rpb: Tensor | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -70,7 +74,9 @@ def neighborhood_attention(
         v: (B, heads, *spatial, E).
         kernel_size, dilation, stride, causal: one for all axes, or one per axis. `stride` queries share the window of
             their leader (1 <= stride <= kernel_size); a causal axis sees keys up to the query only.
-        rpb: (heads, 2 * kernel - 1, ...) relative position bias, row `key - query + kernel - 1` on each axis.
+        rpb: (heads, 2 * kernel - 1, ...) relative position bias, row `key - query + kernel - 1` on each axis; -inf hides a
+            key, which cuts windows of any shape from the rectangle.
+        extra: keys (B, heads, X, D) and values (B, heads, X, E) that every query sees beside its window: text, registers.
         scale: default D ** -0.5.
         return_lse: also return the natural log-sum-exp of the scores (B, heads, *spatial); it carries no gradient.
         backend: "auto", "eager" or "reference" (float64).
@@ -86,6 +92,7 @@ def neighborhood_attention(
         stride=stride,
         causal=causal,
         rpb=rpb,
+        extra=extra,
         scale=scale,
     )
     out, lse = pick("neighborhood_attention", BACKENDS, backend, args).forward(*args)
@@ -153,6 +160,17 @@ def _check(op: str, **maps: Tensor) -> int:
         if x.dtype != q.dtype:
             raise ValueError(f"{op}: {first} and {name} need one dtype, got {q.dtype} and {x.dtype}")
     return n
+
+
+def _check_extra(op: str, q: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
+    if keys is None or values is None:
+        return
+    wanted = [(*q.shape[:2], keys.shape[2], x.shape[-1]) for x in (q, v)]
+    if [tuple(keys.shape), tuple(values.shape)] != wanted or keys.dtype != q.dtype or values.dtype != q.dtype:
+        raise ValueError(
+            f"{op}: extra must be keys {wanted[0]} and values {wanted[1]} of {q.dtype}, "
+            f"got {tuple(keys.shape)} {keys.dtype} and {tuple(values.shape)} {values.dtype}"
+        )
 
 
 def _sizes(op: str, name: str, value: Ints, n: int) -> list[int]:

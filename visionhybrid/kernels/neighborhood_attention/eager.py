@@ -25,17 +25,20 @@ def attention_op(
     k: Tensor,
     v: Tensor,
     rpb: Tensor | None,
+    k_extra: Tensor | None,
+    v_extra: Tensor | None,
     kernel_size: Sequence[int],
     dilation: Sequence[int],
     stride: Sequence[int],
     causal: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return tiled.forward(q, k, v, rpb, axes_of(q.shape[2:-1], kernel_size, dilation, stride, causal), scale)
+    axes = axes_of(q.shape[2:-1], kernel_size, dilation, stride, causal)
+    return tiled.forward(q, k, v, rpb, k_extra, v_extra, axes, scale)
 
 
 @attention_op.register_fake
-def _(q, k, v, rpb, kernel_size, dilation, stride, causal, scale):
+def _(q, k, v, rpb, k_extra, v_extra, kernel_size, dilation, stride, causal, scale):
     return v.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=widened(q))
 
 
@@ -46,35 +49,47 @@ def attention_backward_op(
     k: Tensor,
     v: Tensor,
     rpb: Tensor | None,
+    k_extra: Tensor | None,
+    v_extra: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    rpb_learns: bool,
     kernel_size: Sequence[int],
     dilation: Sequence[int],
     stride: Sequence[int],
     causal: Sequence[int],
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     axes = axes_of(q.shape[2:-1], kernel_size, dilation, stride, causal)
-    dq, dk, dv, drpb = tiled.backward(grad, q, k, v, rpb, out, lse, axes, scale)
-    return dq, dk, dv, q.new_empty(0) if drpb is None else drpb
+    grads = tiled.backward(grad, q, k, v, rpb, k_extra, v_extra, out, lse, rpb_learns, axes, scale)
+    return tuple(q.new_empty(0) if x is None else x for x in grads)
 
 
 @attention_backward_op.register_fake
-def _(grad, q, k, v, rpb, out, lse, kernel_size, dilation, stride, causal, scale):
-    drpb = q.new_empty(0) if rpb is None else torch.empty_like(rpb, memory_format=torch.contiguous_format)
-    return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), drpb
+def _(
+    grad, q, k, v, rpb, k_extra, v_extra, out, lse, rpb_learns, kernel_size, dilation, stride, causal, scale
+):
+    learns = (q, k, v, rpb if rpb_learns else None, k_extra, v_extra)
+    return tuple(
+        q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in learns
+    )
 
 
 def _save_attention(ctx, inputs, output):
-    q, k, v, rpb, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, rpb, *output)
+    *tensors, ctx.kernel_size, ctx.dilation, ctx.stride, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _attention_gradient(ctx, grad, _):
-    q, k, v, rpb, out, lse = ctx.saved_tensors
-    dq, dk, dv, drpb = attention_backward_op(grad.contiguous(), q, k, v, rpb, out, lse, *ctx.options)
-    return dq, dk, dv, None if rpb is None else drpb, None, None, None, None, None
+    *tensors, out, lse = ctx.saved_tensors
+    rpb_learns = tensors[3] is not None and ctx.needs_input_grad[3]
+    options = (ctx.kernel_size, ctx.dilation, ctx.stride, ctx.causal, ctx.scale)
+    grads = attention_backward_op(grad.contiguous(), *tensors, out, lse, rpb_learns, *options)
+    learns = [x is not None for x in tensors]
+    learns[3] = rpb_learns
+    return *(x if ok else None for x, ok in zip(grads, learns, strict=True)), *[None] * 5
 
 
 attention_op.register_autograd(_attention_gradient, setup_context=_save_attention)

@@ -69,6 +69,8 @@ def forward(
     k: Tensor,
     v: Tensor,
     rpb: Tensor | None,
+    k_extra: Tensor | None,
+    v_extra: Tensor | None,
     kernel_size: Sequence[int],
     dilation: Sequence[int],
     stride: Sequence[int],
@@ -77,7 +79,15 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     axes = axes_of(q.shape[2:-1], kernel_size, dilation, stride, causal)
     logits = _scores(q, k, rpb, axes, scale)
-    return _aggregate(logits.softmax(-1), v, axes), logits.logsumexp(-1)
+    if k_extra is None or v_extra is None:
+        return _aggregate(logits.softmax(-1), v, axes), logits.logsumexp(-1)
+    slots = logits.shape[-1]
+    logits = torch.cat(
+        [logits, torch.einsum("bh...d,bhxd->bh...x", q.double() * scale, k_extra.double())], -1
+    )
+    weights = logits.softmax(-1)
+    out = torch.einsum("bh...x,bhxe->bh...e", weights[..., slots:], v_extra.double())
+    return out + _aggregate(weights[..., :slots], v, axes), logits.logsumexp(-1)
 
 
 def scores(

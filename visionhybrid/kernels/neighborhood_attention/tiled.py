@@ -39,9 +39,13 @@ class Plan:
         ]
         self.grid = [len(t.query) for t in self.tiles]
 
-    def chunks(self, batch: int) -> Iterator[slice]:
-        """Slices of the first axis' tiles, each with at most `BUDGET` scores (or one row of tiles)."""
-        row = batch * prod(self.grid[1:]) * prod(t.allowed[0].numel() for t in self.tiles)
+    def chunks(self, batch: int, extra: int = 0) -> Iterator[slice]:
+        """Slices of the first axis' tiles, each with at most `BUDGET` scores (or one row of tiles).
+
+        `extra` keys stand beside those of each tile.
+        """
+        queries, keys = (prod(t.allowed.shape[i] for t in self.tiles) for i in (1, 2))
+        row = batch * prod(self.grid[1:]) * queries * (keys + extra)
         step = max(1, BUDGET // max(row, 1))
         return (slice(i, min(i + step, self.grid[0])) for i in range(0, self.grid[0], step))
 
@@ -130,18 +134,40 @@ def _batch(x: Tensor) -> int:
     return x.shape[0] * x.shape[1]
 
 
+def _extra(k_extra: Tensor | None) -> int:
+    return 0 if k_extra is None else k_extra.shape[2]
+
+
+def _rows(tile: Tensor) -> Tensor:
+    """(B, heads, *grid, T, D) -> (B, heads, rows, D), for products with what all tiles share."""
+    return tile.flatten(2, -2)
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, axes: Sequence[Axis], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    k_extra: Tensor | None,
+    v_extra: Tensor | None,
+    axes: Sequence[Axis],
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention output in the dtype of v, and the natural log-sum-exp of the scores in float32 (or float64)."""
     plan, outs, lses, rows = Plan(axes, q.device), [], [], []
-    for chunk in plan.chunks(_batch(q)):
+    for chunk in plan.chunks(_batch(q), _extra(k_extra)):
         q_tile = wide(plan.take(q, "query", chunk)) * scale
         p = q_tile @ wide(plan.take(k, "key", chunk)).mT
         p += plan.bias(rpb, chunk, p.dtype)
+        reach = p.shape[-1]
+        if k_extra is not None:
+            p = torch.cat([p, (_rows(q_tile) @ wide(k_extra).mT).view(*p.shape[:-1], -1)], -1)
         top = p.amax(-1, keepdim=True)
         total = p.sub_(top).exp_().sum(-1, keepdim=True)
-        outs.append(((p @ wide(plan.take(v, "key", chunk))) / total).to(v.dtype))
+        out = p[..., :reach] @ wide(plan.take(v, "key", chunk))
+        if v_extra is not None:
+            out += (_rows(p[..., reach:]) @ wide(v_extra)).view_as(out)
+        outs.append((out / total).to(v.dtype))
         lses.append(top + total.log())
         rows.append(chunk)
     return plan.put(outs, rows), plan.put(lses, rows).squeeze(-1)
@@ -153,28 +179,42 @@ def backward(
     k: Tensor,
     v: Tensor,
     rpb: Tensor | None,
+    k_extra: Tensor | None,
+    v_extra: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    rpb_learns: bool,
     axes: Sequence[Axis],
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and rpb; the probabilities are recomputed from `lse`."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, rpb and the extra keys and values; the probabilities are recomputed from `lse`."""
     plan, rows, dqs = Plan(axes, q.device), [], []
     dtype = lse.dtype
-    dk, dv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
-    drpb = None if rpb is None else torch.zeros_like(rpb, dtype=dtype).flatten(1)
+    dk, dv, dk_extra, dv_extra = (
+        None if x is None else torch.zeros_like(x, dtype=dtype) for x in (k, v, k_extra, v_extra)
+    )
+    drpb = torch.zeros_like(rpb, dtype=dtype).flatten(1) if rpb_learns else None
     delta = (wide(grad) * wide(out)).sum(-1, keepdim=True)
-    for chunk in plan.chunks(_batch(q)):
+    for chunk in plan.chunks(_batch(q), _extra(k_extra)):
         q_tile = wide(plan.take(q, "query", chunk)) * scale
         k_tile = wide(plan.take(k, "key", chunk))
         g_tile = wide(plan.take(grad, "query", chunk)) * plan.real(chunk)
         p = q_tile @ k_tile.mT
         p += plan.bias(rpb, chunk, dtype)
-        p.sub_(plan.take(lse[..., None], "query", chunk)).exp_()
+        lse_tile, delta_tile = (plan.take(x, "query", chunk) for x in (lse[..., None], delta))
+        p.sub_(lse_tile).exp_()
         plan.add(dv, p.mT @ g_tile, chunk)
-        ds = (g_tile @ wide(plan.take(v, "key", chunk)).mT).sub_(plan.take(delta, "query", chunk)).mul_(p)
+        ds = (g_tile @ wide(plan.take(v, "key", chunk)).mT).sub_(delta_tile).mul_(p)
         ds *= plan.real(chunk)
-        dqs.append((ds @ k_tile * scale).to(q.dtype))
+        dq = ds @ k_tile
+        if k_extra is not None:
+            q_rows, g_rows, keys = _rows(q_tile), _rows(g_tile), wide(k_extra)
+            p_extra = (q_rows @ keys.mT).sub_(_rows(lse_tile)).exp_()
+            dv_extra += p_extra.mT @ g_rows
+            ds_extra = (g_rows @ wide(v_extra).mT).sub_(_rows(delta_tile * plan.real(chunk))).mul_(p_extra)
+            dk_extra += ds_extra.mT @ q_rows
+            dq += (ds_extra @ keys).view_as(dq)
+        dqs.append((dq * scale).to(q.dtype))
         plan.add(dk, ds.mT @ q_tile, chunk)
         if drpb is not None:
             index = plan.combine("row", chunk, lambda a, b, i: a * (2 * axes[i].kernel - 1) + b)
@@ -185,7 +225,9 @@ def backward(
         plan.put(dqs, rows),
         dk.to(k.dtype),
         dv.to(v.dtype),
-        None if rpb is None else drpb.view_as(rpb).to(rpb.dtype),
+        drpb.view_as(rpb).to(rpb.dtype) if rpb_learns else None,
+        None if k_extra is None else dk_extra.to(k.dtype),
+        None if v_extra is None else dv_extra.to(v.dtype),
     )
 
 
