@@ -6,12 +6,17 @@ import torch
 from torch import Tensor
 
 
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`; it knows nothing of the meta device."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's type where it is on for their device, as PyTorch's own matrix products do; else unchanged."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    first = next(t for t in tensors if t is not None)
+    if not autocasting(first):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 

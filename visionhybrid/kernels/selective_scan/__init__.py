@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from visionhybrid.kernels.dispatch import pick
+from visionhybrid.kernels.precision import autocast
 from visionhybrid.kernels.selective_scan import eager, reference
 from visionhybrid.kernels.shapes import Float, checked
 
@@ -40,10 +41,7 @@ def arguments(
     reverse: bool | Sequence[bool] = False,
 ) -> tuple[Any, ...]:
     """The checked, complete arguments that every backend takes."""
-    if torch.is_autocast_enabled(u.device.type):
-        kind = torch.get_autocast_dtype(u.device.type)
-        u, delta, B = u.to(kind), delta.to(kind), B.to(kind)
-        C = C if C is None else C.to(kind)
+    u, delta, B, C = autocast(u, delta, B, C)
     if u.ndim != 3 or 0 in u.shape[1:] or not u.is_floating_point():
         raise ValueError(
             f"selective_scan: u must be (batch, channels, length), floating, not empty, got {u.dtype} {tuple(u.shape)}"
