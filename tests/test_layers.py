@@ -16,6 +16,7 @@ ORDER = [
     {"kernels"},
     {"mixers"},
     {"models", "hosts"},
+    {"diffusion"},
     {"data"},
     {"infer"},
     {"train"},
@@ -25,7 +26,7 @@ ORDER = [
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # Only these may import a heavy library at module level; everything else imports it where it is used.
 HEAVY = {
-    "diffusers": {"hosts"},
+    "diffusers": {"hosts", "diffusion"},
     "triton": {"kernels"},
     "accelerate": {"train"},
     "matplotlib": {"bench"},

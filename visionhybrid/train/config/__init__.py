@@ -10,9 +10,12 @@ from visionhybrid.train.config.tasks import (
     Adversarial,
     Augment,
     Classification,
+    Diffusion,
+    Generation,
     Images,
     Pictures,
     Restoration,
+    Sampling,
 )
 from visionhybrid.train.config.words import flat, override
 
@@ -22,6 +25,8 @@ __all__ = [
     "Classification",
     "Config",
     "ConfigError",
+    "Diffusion",
+    "Generation",
     "Guard",
     "Images",
     "Loop",
@@ -29,6 +34,7 @@ __all__ = [
     "Optim",
     "Pictures",
     "Restoration",
+    "Sampling",
     "Schedule",
     "check",
     "diff",

@@ -110,3 +110,46 @@ class Adversarial(Restoration):
 
     task: ClassVar[str] = "adversarial"
     entry: ClassVar[str] = "visionhybrid.train.gan:RestoreAdversarially"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion:
+    """What a generative model predicts, and which times it is trained at."""
+
+    predict: Literal["flow", "epsilon", "v"] = "flow"
+    times: Literal["uniform", "logit_normal"] = "uniform"  # flow
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    shift: float = 1.0  # flow: above 1 more noise, in training and when sampling
+    betas: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"  # epsilon, v
+    beta_range: tuple[float, ...] = (1e-4, 0.02)
+    min_snr: float | None = None  # epsilon, v: gamma of min-SNR weighting; 5 in its paper
+    drop_label: float = 0.1  # share of images trained without their class, which guidance needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How samples are drawn for the validation and for a person to look at."""
+
+    steps: int = 50
+    guidance: float = 1.0  # 1: none
+    each: int = 8  # pictures of a class on the sheet
+    classes: int = 10  # classes on the sheet, the first ones
+    # file or run directory of a classifier: which percentage of samples it takes for the class asked for
+    judge: str = ""
+    judged: int = 0  # samples of each class that are judged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation(Config):
+    """`model.name` is "hybrid_dit", its options the keywords of `HybridDiT`; or a diffusers folder to go on from."""
+
+    data: Images = Images()
+    diffusion: Diffusion = Diffusion()
+    sampling: Sampling = Sampling()
+    flip: float = 0.5  # share of images mirrored in training
+    channels: Literal[1, 3] = 3
+    eval_batch: int = 64
+
+    task: ClassVar[str] = "generation"
+    entry: ClassVar[str] = "visionhybrid.train.generate:Generate"

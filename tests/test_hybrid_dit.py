@@ -1,0 +1,170 @@
+"""`HybridDiT` and its pipeline."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from visionhybrid import mixers
+from visionhybrid.diffusion import HybridDiT, HybridDiTPipeline
+
+TINY = dict(
+    sample_size=8, in_channels=2, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_classes=3
+)
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    model = HybridDiT(**{**TINY, **options})
+    with torch.no_grad():  # as it starts, the output is zero
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def inputs(batch=2, height=8, width=8):
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(batch, 2, height, width, generator=generator)
+    return image, torch.tensor([10.0, 700.5])[:batch], torch.tensor([0, 3])[:batch]
+
+
+def options_of(name):
+    """Options with which a mixer fits 16 tokens."""
+    return {"sla": dict(block_q=8, block_k=4)}.get(name, {})
+
+
+VARIANTS = {
+    "shared": dict(shared_modulation=True),
+    "mix_ffn": dict(feed_forward="mix_ffn", mlp_ratio=2.5),
+    "qk_norm": dict(qk_norm=True),
+    "mixed": dict(mixer=["softmax", "linfusion"]),
+}
+
+
+def test_a_new_model_predicts_zero_and_every_parameter_can_learn():
+    torch.manual_seed(0)
+    image, time, label = inputs()
+    assert not HybridDiT(**TINY)(image, time, label).sample.any()
+    model = tiny()
+    model(image, time, label).sample.square().mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("name", mixers.list_mixers())
+def test_every_mixer_sees_the_whole_contract(name):
+    model = tiny(mixer=name, mixer_options={name: options_of(name)} if options_of(name) else None)
+    image, time, label = inputs(height=8, width=12)
+    out = model(image, time, label).sample
+    assert out.shape == image.shape
+    assert out.isfinite().all()
+    assert [b.attn.mixer.about.name for b in model.blocks] == [name, name]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_and_loaded_it_is_the_same(variant, tmp_path):
+    model = tiny(**VARIANTS[variant])
+    model.save_pretrained(tmp_path)
+    again = HybridDiT.from_pretrained(tmp_path)
+    assert torch.equal(model(*inputs()).sample, again(*inputs()).sample)
+
+
+def test_checkpointing_changes_nothing_and_compiling_has_no_break():
+    model = tiny().train()
+    image, time, label = inputs()
+
+    def gradients():
+        model.zero_grad()
+        model(image, time, label).sample.square().mean().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = gradients()
+    model.enable_gradient_checkpointing()
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
+    model.disable_gradient_checkpointing()
+    model.eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(
+        compiled(image, time, label).sample, model(image, time, label).sample, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_positions_are_stretched_to_other_sizes():
+    model = tiny()
+    small, large = (model._positions((n, n), torch.zeros(1, n * n, 16)) for n in (4, 8))
+    at = large.view(8, 8, 16)[::2, ::2]  # every second place of the larger grid is a place of the smaller one
+    assert torch.allclose(at, small.view(4, 4, 16), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(sample_size=9), "multiple of patch_size"),
+        (dict(mixer=["softmax"]), "one name for each"),
+        (dict(mixer="softmx"), "did you mean 'softmax'"),
+        (dict(mixer_options={"sla": {}}), "no block has that mixer"),
+        (dict(feed_forward="moe"), "mlp, mix_ffn"),
+    ],
+)
+def test_options_that_make_no_model(options, message):
+    with pytest.raises(ValueError, match=message):
+        HybridDiT(**{**TINY, **options})
+
+
+def test_inputs_that_do_not_fit():
+    model = tiny()
+    image, time, label = inputs()
+    with pytest.raises(ValueError, match="needs class_labels"):
+        model(image, time)
+    with pytest.raises(ValueError, match="multiples of 2, got 7x8"):
+        model(image[:, :, :7], time, label)
+    with pytest.raises(ValueError, match="unconditional"):
+        tiny(num_classes=0)(image, time, label)
+
+
+def pipeline(scheduler=None, **options):
+    pipe = HybridDiTPipeline(
+        tiny(**options), scheduler or FlowMatchEulerDiscreteScheduler(), labels=["a", "b", "c"]
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(), DDIMScheduler()])
+def test_the_pipeline_saves_and_loads_and_repeats_itself(scheduler, tmp_path):
+    pipe = pipeline(scheduler)
+
+    def images(pipe, labels=("a", 2)):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(
+            labels, num_inference_steps=3, guidance_scale=2.0, generator=generator, output_type="latent"
+        )
+
+    first = images(pipe).images
+    assert first.shape == (2, 2, 8, 8)
+    pipe.save_pretrained(tmp_path)
+    again = HybridDiTPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(images(again).images, first)
+    assert not torch.equal(images(again, ("b", "c")).images, first)
+
+
+def test_guidance_is_the_line_through_both_predictions():
+    pipe = pipeline()
+    image, time, label = inputs()
+    with torch.no_grad():
+        with_class, without = (
+            pipe.transformer(image, time[0], y).sample for y in (label, torch.tensor([3, 3]))
+        )
+        assert torch.allclose(
+            pipe._predict(image, time[0], label, 3.0), without + 3 * (with_class - without), atol=1e-5
+        )
+
+
+def test_labels_by_name_and_number():
+    pipe = pipeline()
+    assert pipe.label_ids(["c", 0]) == [2, 0]
+    with pytest.raises(ValueError, match="nearest is 'a'"):
+        pipe.label_ids(["aa"])
+    with pytest.raises(ValueError, match="this model has 3"):
+        pipe.label_ids([3])
+    with pytest.raises(ValueError, match="needs one for each image"):
+        pipe()

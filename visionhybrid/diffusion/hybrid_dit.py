@@ -1,0 +1,280 @@
+"""`HybridDiT`: a diffusion transformer for images of classes, whose blocks take any registered mixer.
+
+The skeleton is DiT's (arXiv:2212.09748): patches, sine-cosine positions, adaLN-zero. What LiT (arXiv:2501.12976) and SANA
+(arXiv:2410.10629) change about it are options: the `linear` mixer with few heads and a depthwise convolution on the values,
+Mix-FFN instead of the MLP, one modulation shared by all blocks, RMS norm of queries and keys.
+
+A diffusers model: `save_pretrained`, `from_pretrained`, gradient checkpointing, peft, offload and diffusers' schedulers apply.
+Unlike diffusers' DiT the embedding of time and class is computed once and not in every block, and any image size that is a
+multiple of the patch works: positions are stretched to the grid of `sample_size`, on which the model is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.sana_transformer import GLUMBConv
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from visionhybrid import mixers
+
+Grid = tuple[int, int]
+
+
+class MixedAttention(nn.Module):
+    """Projections around a mixer: (B, N, C) of an image of `grid` patches -> (B, N, C)."""
+
+    def __init__(self, dim: int, heads: int, mixer: str, options: Mapping[str, Any], qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        norm = nn.RMSNorm if qk_norm else nn.Identity
+        self.norm_q, self.norm_k = (norm(dim, eps=1e-5) for _ in range(2))
+        self.mixer = mixers.create(mixer, dim=dim, heads=heads, head_dim=dim // heads, **options)
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        x_q, x_k = self.mixer.hidden(x) if hasattr(self.mixer, "hidden") else (x, x)
+        q, k, v = self.norm_q(self.to_q(x_q)), self.norm_k(self.to_k(x_k)), self.to_v(x)
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, D)
+        return self.to_out(self.mixer(q, k, v, grid=grid).transpose(1, 2).flatten(2))
+
+
+class FeedForward(Mlp):
+    """DiT's MLP."""
+
+    def __init__(self, dim: int, ratio: float) -> None:
+        super().__init__(dim, int(dim * ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        return super().forward(x)
+
+
+class MixFeedForward(GLUMBConv):
+    """SANA's Mix-FFN: a gated MLP with a 3x3 depthwise convolution over the image."""
+
+    def __init__(self, dim: int, ratio: float) -> None:
+        super().__init__(dim, dim, ratio, norm_type=None, residual_connection=False)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        image = x.transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
+        return super().forward(image).flatten(2).transpose(1, 2)
+
+
+FEED_FORWARD = {"mlp": FeedForward, "mix_ffn": MixFeedForward}
+
+
+class Block(nn.Module):
+    """x + gate attention(modulated norm(x)), then the same with the feed-forward network.
+
+    `modulation` (B, 6, C), shift, scale and gate of the two, is added to a table of the block where all blocks share it,
+    and computed from the condition (B, C) where each has its own layer.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mixer: str,
+        options: Mapping[str, Any],
+        *,
+        feed_forward: str,
+        mlp_ratio: float,
+        qk_norm: bool,
+        shared: bool,
+    ) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6) for _ in range(2))
+        self.attn = MixedAttention(dim, heads, mixer, options, qk_norm)
+        self.mlp = FEED_FORWARD[feed_forward](dim, mlp_ratio)
+        self.modulation = None if shared else nn.Linear(dim, 6 * dim)
+        self.table = nn.Parameter(torch.zeros(6, dim)) if shared else None
+
+    def forward(self, x: Tensor, condition: Tensor, grid: Grid) -> Tensor:
+        if self.modulation is not None:
+            values = self.modulation(condition).unflatten(1, (6, -1))
+        else:
+            values = condition + self.table
+        shift1, scale1, gate1, shift2, scale2, gate2 = values.to(x.dtype).unsqueeze(2).unbind(1)  # (B, 1, C)
+        x = torch.addcmul(x, gate1, self.attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), grid))
+        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2), grid))
+
+
+class HybridDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Predicts noise, velocity or flow of an image, pixels or latents, given time and class.
+
+    Args:
+        sample_size: side of the images it is made for, in pixels of its input; other sizes work, see above.
+        in_channels, out_channels: of its input and output; `out_channels` None: as many as come in (twice as many, as in DiT, to
+            predict a variance too).
+        patch_size: side of a patch.
+        num_layers, num_attention_heads, attention_head_dim: of the transformer; its width is heads times head dim.
+        num_classes: classes that can be asked for; one more, the number `num_classes`, means "any" and is what guidance
+            compares with. 0: unconditional.
+        mixer: name of a registered mixer for all blocks, or one name for each (`visionhybrid.mixers.list_mixers()`).
+        mixer_options: mixer name -> keywords of its construction.
+        feed_forward: "mlp" (DiT) or "mix_ffn" (SANA); mlp_ratio: hidden width over width (4 and 2.5 there).
+        shared_modulation: one modulation layer for all blocks, and a table in each (SANA, PixArt).
+        qk_norm: RMS norm of queries and keys over the whole width (SANA 1.5).
+    Raises:
+        ValueError: options that make no model, an unknown mixer.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _repeated_blocks: ClassVar[list[str]] = ["Block"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["patch", "norm", "embed", "modulation"]
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        sample_size: int = 32,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        patch_size: int = 2,
+        num_layers: int = 12,
+        num_attention_heads: int = 6,
+        attention_head_dim: int = 64,
+        num_classes: int = 1000,
+        mixer: str | Sequence[str] = "softmax",
+        mixer_options: Mapping[str, Mapping[str, Any]] | None = None,
+        feed_forward: str = "mlp",
+        mlp_ratio: float = 4.0,
+        shared_modulation: bool = False,
+        qk_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        names = [mixer] * num_layers if isinstance(mixer, str) else list(mixer)
+        _check(sample_size, patch_size, num_layers, names, mixer_options or {}, feed_forward)
+        dim = num_attention_heads * attention_head_dim
+        self.out_channels = out_channels or in_channels
+        self.gradient_checkpointing = False
+        self.patch = nn.Conv2d(in_channels, dim, patch_size, patch_size)
+        self.time = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(256, dim)
+        self.class_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
+        self.shared = nn.Linear(dim, 6 * dim) if shared_modulation else None
+        side = sample_size // patch_size
+        self.register_buffer("positions", _positions(dim, (side, side), side), persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                num_attention_heads,
+                name,
+                (mixer_options or {}).get(name, {}),
+                feed_forward=feed_forward,
+                mlp_ratio=mlp_ratio,
+                qk_norm=qk_norm,
+                shared=shared_modulation,
+            )
+            for name in names
+        )
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.head = nn.Linear(dim, patch_size**2 * self.out_channels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """DiT's: every block starts as the identity, the output as zero. A mixer's own parameters keep their own start."""
+        own = {id(m) for block in self.blocks for m in block.attn.mixer.modules()}
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and id(module) not in own:
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch.weight.flatten(1))
+        nn.init.zeros_(self.patch.bias)
+        for embedding in (self.time_embed.linear_1, self.time_embed.linear_2, self.class_embed):
+            if embedding is not None:
+                nn.init.normal_(embedding.weight, std=0.02)
+        zero = [self.modulation, self.head, self.shared, *(block.modulation for block in self.blocks)]
+        for layer in zero:
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """
+        Args:
+            hidden_states: (B, in_channels, H, W), H and W multiples of the patch.
+            timestep: (B,) or one for all, from 0 (clean) to 1000 (noise), whole or not.
+            class_labels: (B,) int64; None only for an unconditional model.
+        Returns: `.sample` (B, out_channels, H, W).
+        Raises:
+            ValueError: a size that is no multiple of the patch; labels missing or too many.
+        """
+        size = self.config.patch_size
+        batch, _, height, width = hidden_states.shape
+        if height % size or width % size:
+            raise ValueError(f"HybridDiT: height and width must be multiples of {size}, got {height}x{width}")
+        grid = height // size, width // size
+        x = self.patch(hidden_states).flatten(2).transpose(1, 2)  # (B, N, C)
+        x = x + self._positions(grid, x)
+        condition = nn.functional.silu(self._condition(timestep, class_labels, batch, x))
+        given = condition if self.shared is None else self.shared(condition).unflatten(1, (6, -1))
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, given, grid)
+            else:
+                x = block(x, given, grid)
+        shift, scale = self.modulation(condition).to(x.dtype).unsqueeze(1).chunk(2, dim=2)
+        x = self.head(torch.addcmul(shift, self.norm(x), 1 + scale))  # (B, N, size * size * C_out)
+        x = x.view(batch, *grid, size, size, self.out_channels).permute(0, 5, 1, 3, 2, 4)
+        x = x.reshape(batch, self.out_channels, height, width)
+        return Transformer2DModelOutput(sample=x) if return_dict else (x,)
+
+    def _positions(self, grid: Grid, like: Tensor) -> Tensor:
+        side = self.config.sample_size // self.config.patch_size
+        if grid == (side, side):
+            return self.positions.to(like.dtype)
+        return _positions(like.shape[2], grid, side, like.device).to(like.dtype)
+
+    def _condition(self, timestep: Tensor | float, labels: Tensor | None, batch: int, like: Tensor) -> Tensor:
+        time = torch.as_tensor(timestep, device=like.device).reshape(-1).expand(batch)
+        condition = self.time_embed(self.time(time).to(like.dtype))
+        if (labels is None) != (self.class_embed is None):
+            kind = "needs class_labels" if labels is None else "is unconditional and takes no class_labels"
+            raise ValueError(f"HybridDiT: this model {kind}")
+        return condition if self.class_embed is None else condition + self.class_embed(labels)
+
+
+def _check(
+    sample_size: int,
+    patch_size: int,
+    num_layers: int,
+    names: Sequence[str],
+    options: Mapping[str, Any],
+    feed_forward: str,
+) -> None:
+    if sample_size % patch_size:
+        raise ValueError(
+            f"HybridDiT: sample_size {sample_size} must be a multiple of patch_size {patch_size}"
+        )
+    if len(names) != num_layers:
+        raise ValueError(
+            f"HybridDiT: mixer needs one name for each of the {num_layers} blocks, got {len(names)}"
+        )
+    if unused := sorted(set(options) - set(names)):
+        raise ValueError(f"HybridDiT: mixer_options for {unused[0]!r}, but no block has that mixer")
+    if feed_forward not in FEED_FORWARD:
+        raise ValueError(f"HybridDiT: feed_forward is one of {', '.join(FEED_FORWARD)}, got {feed_forward!r}")
+
+
+def _positions(dim: int, grid: Grid, base: int, device: torch.device | None = None) -> Tensor:
+    """Sine-cosine positions (1, N, dim) of `grid`, in units of a `base` x `base` one."""
+    table = get_2d_sincos_pos_embed(dim, grid, base_size=base, device=device, output_type="pt")
+    return table.float().unsqueeze(0)

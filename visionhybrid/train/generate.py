@@ -1,0 +1,244 @@
+"""Training a generator: class-conditional or unconditional images by diffusion or flow matching."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torchvision import transforms
+
+from visionhybrid.data.classification import LabelledImages, open_source
+from visionhybrid.data.errors import CorruptSample
+from visionhybrid.data.seeds import mix
+from visionhybrid.diffusion import HybridDiT, HybridDiTPipeline
+from visionhybrid.train import state
+from visionhybrid.train.config import ConfigError, Generation
+from visionhybrid.train.judge import Judge
+from visionhybrid.train.noising import noising, squared_error
+from visionhybrid.train.sampler import Sample, stack
+from visionhybrid.train.task import share
+
+
+class Generate:
+    """See `task.Task`. Metrics: loss on held-out images with fixed times and noise; with a judge, recognised, in percent."""
+
+    repeat = 1
+    released = "pipeline"  # a diffusers folder: `HybridDiTPipeline.from_pretrained`
+
+    def __init__(self, config: Generation) -> None:
+        self.config = config
+        data = config.data
+        self.mode = {1: "L", 3: "RGB"}[config.channels]
+        self.repeat = data.repeat
+        self.noising = noising(config.diffusion)
+        train = open_source(data.dataset, data.root, data.train, data.class_map)
+        held_out = open_source(data.dataset, data.root, data.held_out, data.class_map)
+        if train.classes and data.num_classes not in (0, len(train.classes)):
+            raise ConfigError(
+                f"data.num_classes is {data.num_classes}, but there are {len(train.classes)} classes "
+                "(0: train without them)"
+            )
+        self.train_set = LabelledImages(train, self._transform(config.flip), self.mode)
+        self.held_out = LabelledImages(held_out, self._transform(0.0), self.mode)
+        self.judge = Judge(config.sampling.judge) if config.sampling.judge else None
+        self.metric = "recognised" if self.judge else "loss"
+        self.higher_is_better = self.judge is not None
+        self.notes: list[str] = []
+
+    def _transform(self, flip: float) -> Any:
+        size = self.config.data.image_size
+        steps = [
+            transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.RandomHorizontalFlip(flip),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * self.config.channels, [0.5] * self.config.channels),
+        ]
+        return transforms.Compose(steps)
+
+    def parts(self) -> dict[str, nn.Module]:
+        model, data = self.config.model, self.config.data
+        if model.name != "hybrid_dit":
+            raise ConfigError(f"model.name: a generator is 'hybrid_dit', got {model.name!r}")
+        given = dict(
+            sample_size=data.image_size, in_channels=self.config.channels, num_classes=data.num_classes
+        )
+        try:
+            net = HybridDiT(**{**given, **model.options})
+        except TypeError as error:
+            raise ConfigError(f"model.options: {error}") from None
+        if net.out_channels != net.config.in_channels:
+            raise ConfigError("model.options.out_channels: a predicted variance cannot be trained here")
+        if model.start:
+            net.load_state_dict(self.open(model.start).state_dict(), strict=model.start_strict)
+            self.notes.append(f"started from {model.start}")
+        return {"model": net}
+
+    def collate(self, samples: list[Sample], seed: int) -> Sample:
+        return stack(samples)
+
+    def loss(
+        self, part: str, parts: Mapping[str, nn.Module], batch: Sample
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        image, label = batch["image"], self._labels(batch["label"])
+        noise = torch.randn_like(image)
+        times = self.noising.draw(len(image), image.device)
+        if label is not None:
+            dropped = torch.rand(len(label), device=label.device) < self.config.diffusion.drop_label
+            label = torch.where(dropped, self.config.data.num_classes, label)
+        return self._error(parts["model"], image, noise, times, label), {}
+
+    def _labels(self, label: Tensor) -> Tensor | None:
+        return label if self.config.data.num_classes else None
+
+    def _error(
+        self, model: nn.Module, image: Tensor, noise: Tensor, times: Tensor, label: Tensor | None
+    ) -> Tensor:
+        noised = self.noising.noised(image, noise, times)
+        (prediction,) = model(noised, times, label, return_dict=False)
+        target = self.noising.target(image, noise, times)
+        return squared_error(prediction, target, self.noising.weight(times))
+
+    def validate(
+        self, model: nn.Module, accelerator: Accelerator, limit: int | None = None
+    ) -> dict[str, float]:
+        found = {"loss": self._held_out_loss(model, accelerator, limit)}
+        if self.judge is not None:
+            found["recognised"] = self._recognised(model, accelerator, limit)
+        return found
+
+    def _held_out_loss(self, model: nn.Module, accelerator: Accelerator, limit: int | None) -> float:
+        batch, device = self.config.eval_batch, accelerator.device
+        chosen = share(len(self.held_out), accelerator)[: limit * batch if limit else None]
+        # neighbours, often of one class, get times far apart
+        times = self.noising.spread(97)[torch.arange(len(self.held_out)) * 31 % 97]
+        sums = torch.zeros(2, dtype=torch.float64)
+        for first in range(0, len(chosen), batch):
+            rows = []
+            for index, weight in chosen[first : first + batch]:
+                sample, weight = self._held_out_sample(index, weight)
+                noise = _noise(sample["image"].shape, mix(0, "held out", index))
+                rows.append((sample["image"], noise, times[index], sample["label"], torch.tensor(weight)))
+            image, noise, time, label, weight = (
+                torch.stack(column).to(device) for column in zip(*rows, strict=True)
+            )
+            target = self.noising.target(image, noise, time)
+            (prediction,) = model(
+                self.noising.noised(image, noise, time), time, self._labels(label), return_dict=False
+            )
+            each = (prediction.float() - target).square().flatten(1).mean(1) * self.noising.weight(time)
+            sums += torch.stack([(each * weight).sum(), weight.sum()]).double().cpu()
+        sums = accelerator.reduce(sums.float().to(device), "sum").cpu()
+        if not sums[1]:
+            raise ValueError("no held-out image could be read")
+        return float(sums[0] / sums[1])
+
+    def _held_out_sample(self, index: int, weight: float) -> tuple[Sample, float]:
+        try:
+            return self.held_out.sample(index, 0), weight
+        except CorruptSample:
+            size = self.config.data.image_size
+            return {"image": torch.zeros(self.config.channels, size, size), "label": torch.tensor(0)}, 0.0
+
+    def _recognised(self, model: nn.Module, accelerator: Accelerator, limit: int | None) -> float:
+        assert self.judge is not None
+        sampling, classes = self.config.sampling, self.config.data.num_classes
+        count = classes * sampling.judged if limit is None else min(limit, classes * sampling.judged)
+        chosen, batch = share(count, accelerator), self.config.eval_batch
+        sums = torch.zeros(2, dtype=torch.float64)
+        for first in range(0, len(chosen), batch):
+            part = chosen[first : first + batch]
+            wanted = torch.tensor([i % classes for i, _ in part])
+            images = self.draw(model, wanted.tolist(), [mix(0, "judged", i) for i, _ in part])
+            right = (self.judge(images) == wanted).double()
+            weight = torch.tensor([w for _, w in part], dtype=torch.float64)
+            sums += torch.stack([(right * weight).sum(), weight.sum()])
+        sums = accelerator.reduce(sums.float().to(accelerator.device), "sum").cpu()
+        return 100 * float(sums[0] / sums[1])
+
+    def pipeline(self, model: nn.Module) -> HybridDiTPipeline:
+        names = self.train_set.classes if self.config.data.num_classes else ()
+        pipe = HybridDiTPipeline(model, self.noising.scheduler(), labels=names)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def draw(self, model: nn.Module, labels: list[int], seeds: list[int]) -> Tensor:
+        """Samples (B, C, H, W) in [0, 1] on the CPU, each from the noise of its own seed."""
+        config, sampling = self.config, self.config.sampling
+        size = config.data.image_size
+        noise = torch.stack([_noise((config.channels, size, size), seed) for seed in seeds])
+        known = self._labels(torch.tensor(labels))
+        images = self.pipeline(model)(
+            None if known is None else labels,
+            num_images=len(labels),
+            guidance_scale=sampling.guidance,
+            num_inference_steps=sampling.steps,
+            latents=noise.to(next(model.parameters()).device),
+            output_type="pt",
+        ).images
+        return images.cpu()
+
+    def samples(self, model: nn.Module, folder: Path) -> list[Path]:
+        """One sheet: a row for each class, the same noise in each column at every validation."""
+        sampling, classes = self.config.sampling, self.config.data.num_classes
+        rows = min(sampling.classes, classes) or sampling.classes
+        labels = [row for row in range(rows) for _ in range(sampling.each)]
+        seeds = [mix(0, "sheet", column) for _ in range(rows) for column in range(sampling.each)]
+        images = self.draw(model, labels if classes else [0] * len(seeds), seeds)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "samples.png"
+        names = self.train_set.classes or tuple(map(str, range(classes)))
+        sheet(images, sampling.each, names[:rows] if classes else ()).save(path)
+        return [path]
+
+    def metadata(self) -> dict[str, Any]:
+        return {"task": "generation", "predict": self.config.diffusion.predict}
+
+    def release(self, model: nn.Module, path: Path, facts: dict[str, Any]) -> None:
+        """A diffusers folder, complete or not there: written aside, then renamed."""
+        aside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+        for rest in (aside, old):
+            shutil.rmtree(rest, ignore_errors=True)
+        self.pipeline(model).save_pretrained(aside)
+        state.write_text(aside / "training.json", json.dumps(facts, indent=2) + "\n")
+        if path.exists():
+            path.rename(old)
+        aside.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def open(self, path: str | Path) -> HybridDiT:
+        """The transformer of a run directory, of a pipeline's folder, or by itself."""
+        path = Path(path)
+        for folder in (path / self.released / "transformer", path / "transformer", path):
+            if (folder / "config.json").is_file() and not (folder / self.released).is_dir():
+                return HybridDiT.from_pretrained(folder).eval()
+        raise ConfigError(
+            f"{path}: no HybridDiT; give a run directory, its {self.released} folder, or a diffusers folder"
+        )
+
+
+def _noise(shape: tuple[int, ...] | torch.Size, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sheet(images: Tensor, columns: int, names: tuple[str, ...] = (), side: int = 64) -> Image.Image:
+    """(B, C, H, W) in [0, 1] as one picture; `names` go before the rows."""
+    margin = 64 if names else 0
+    rows = -(-len(images) // columns)
+    side = max(side, images.shape[-1])
+    canvas = Image.new("RGB", (margin + columns * (side + 2), rows * (side + 2)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, image in enumerate(images):
+        pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).expand(-1, -1, 3)
+        tile = Image.fromarray(pixels.contiguous().numpy()).resize((side, side), Image.Resampling.NEAREST)
+        canvas.paste(tile, (margin + i % columns * (side + 2), i // columns * (side + 2)))
+    for row, name in enumerate(names):
+        pen.text((2, row * (side + 2) + side // 2 - 6), name[:10], fill="black")
+    return canvas

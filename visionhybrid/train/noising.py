@@ -1,0 +1,136 @@
+"""What a generative model is trained to predict: how images are noised, which target, and how much each time counts.
+
+Flow matching (arXiv:2210.02747, in SD3's words arXiv:2403.03206) mixes x_s = (1 - s) x + s n and predicts n - x. Diffusion
+(arXiv:2006.11239) mixes x_t = sqrt(a_t) x + sqrt(1 - a_t) n and predicts n, or v = sqrt(a_t) n - sqrt(1 - a_t) x
+(arXiv:2202.00512). Times that a model sees run from 0 (clean) to 1000 (noise), as diffusers' schedulers count them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from visionhybrid.train.config import ConfigError, Diffusion
+
+TIMES = 1000
+
+
+class Noising(Protocol):
+    """x and noise: (B, ...); times: float32 (B,)."""
+
+    def draw(self, count: int, device: torch.device) -> Tensor:
+        """Times of training, from torch's generator."""
+        ...
+
+    def spread(self, count: int) -> Tensor:
+        """`count` times evenly over the range, for a validation without chance."""
+        ...
+
+    def noised(self, x: Tensor, noise: Tensor, times: Tensor) -> Tensor: ...
+
+    def target(self, x: Tensor, noise: Tensor, times: Tensor) -> Tensor: ...
+
+    def weight(self, times: Tensor) -> Tensor:
+        """(B,), of the squared error."""
+        ...
+
+    def scheduler(self) -> Any:
+        """diffusers' scheduler that samples from a model trained so."""
+        ...
+
+
+def noising(config: Diffusion) -> Noising:
+    """Raises: ConfigError: settings that contradict each other."""
+    return Flow(config) if config.predict == "flow" else Markov(config)
+
+
+class Flow:
+    def __init__(self, config: Diffusion) -> None:
+        if config.min_snr is not None:
+            raise ConfigError("diffusion.min_snr: belongs to predict=epsilon or v, not to flow")
+        if config.shift <= 0:
+            raise ConfigError(f"diffusion.shift: expected more than 0, got {config.shift}")
+        self.config = config
+
+    def draw(self, count: int, device: torch.device) -> Tensor:
+        c = self.config
+        if c.times == "uniform":
+            s = torch.rand(count, device=device)
+        else:
+            s = torch.sigmoid(c.logit_mean + c.logit_std * torch.randn(count, device=device))
+        return self._shifted(s) * TIMES
+
+    def _shifted(self, s: Tensor) -> Tensor:
+        return self.config.shift * s / (1 + (self.config.shift - 1) * s)
+
+    def spread(self, count: int) -> Tensor:
+        return (torch.arange(count) + 0.5) / count * TIMES
+
+    def noised(self, x: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        return torch.lerp(x, noise, _like(times / TIMES, x))
+
+    def target(self, x: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        return noise - x
+
+    def weight(self, times: Tensor) -> Tensor:
+        return torch.ones_like(times)
+
+    def scheduler(self) -> Any:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMES, shift=self.config.shift)
+
+
+class Markov:
+    """Whole times from 0 to 999."""
+
+    def __init__(self, config: Diffusion) -> None:
+        if config.times != "uniform" or config.shift != 1:
+            raise ConfigError(f"diffusion: times and shift belong to predict=flow, not to {config.predict}")
+        from diffusers import DDIMScheduler
+
+        self.config = config
+        self.ddim = DDIMScheduler(
+            num_train_timesteps=TIMES,
+            beta_schedule=config.betas,
+            beta_start=config.beta_range[0],
+            beta_end=config.beta_range[1],
+            prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[config.predict],
+            clip_sample=False,
+            set_alpha_to_one=False,
+        )
+
+    def draw(self, count: int, device: torch.device) -> Tensor:
+        return torch.randint(TIMES, (count,), device=device).float()
+
+    def spread(self, count: int) -> Tensor:
+        return ((torch.arange(count) + 0.5) / count * TIMES).floor()
+
+    def noised(self, x: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        return self.ddim.add_noise(x, noise, times.long())
+
+    def target(self, x: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        return noise if self.config.predict == "epsilon" else self.ddim.get_velocity(x, noise, times.long())
+
+    def weight(self, times: Tensor) -> Tensor:
+        """min(SNR, gamma) / SNR for noise, / (SNR + 1) for v (arXiv:2303.09556 eq. 6 and its appendix)."""
+        if self.config.min_snr is None:
+            return torch.ones_like(times)
+        kept = self.ddim.alphas_cumprod.to(times.device)[times.long()]
+        snr = kept / (1 - kept)
+        return snr.clamp(max=self.config.min_snr) / (snr + (self.config.predict == "v"))
+
+    def scheduler(self) -> Any:
+        return type(self.ddim).from_config(self.ddim.config)
+
+
+def _like(values: Tensor, x: Tensor) -> Tensor:
+    return values.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def squared_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean over the batch of weight * mean squared error of each image, in float32."""
+    each = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    return (each * weight).mean()
