@@ -6,7 +6,16 @@
 `base.Mixer` is the contract, `about(name)` says what a mixer needs of its host, `mixer.cost(grid=...)` what it costs.
 """
 
-from visionhybrid.mixers import linfusion, softmax  # noqa: F401  (each file registers its mixer)
+from visionhybrid.mixers import (  # noqa: F401  (each file registers its mixer)
+    agent,
+    clear,
+    linear,
+    linfusion,
+    neighborhood,
+    sla,
+    softmax,
+    window,
+)
 from visionhybrid.mixers.base import About, Cost, Mixer
 from visionhybrid.mixers.registry import about, create, list_mixers
 

@@ -8,8 +8,9 @@ from math import prod
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["About", "Cost", "Mixer", "attention_cost", "linear_cost"]
+__all__ = ["About", "Cost", "Mixer", "attention_cost", "linear_cost", "local_cost", "per_axis", "text_rows"]
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,30 @@ class Mixer(nn.Module):
         return ", ".join(f"{key}={value}" for key, value in getattr(self, "options", {}).items())
 
 
-def attention_cost(queries: int, keys: int, mixer: Mixer, bytes_per: int) -> Cost:
-    """Softmax attention of every query to `keys` keys each: two products; q, k, v read and the output written once."""
+def text_rows(q: Tensor, k: Tensor, v: Tensor, text_tokens: int, scale: float | None) -> Tensor:
+    """What the text queries of a joint sequence get in a local mixer: softmax over all tokens, (B, heads, text, D)."""
+    return F.scaled_dot_product_attention(q[:, :, :text_tokens], k, v, scale=scale)
+
+
+def per_axis(owner: str, name: str, value: Any, axes: int) -> list[Any]:
+    """One value for each of `axes` axes, given one for all or a list. ValueError for a list of another length."""
+    values = list(value) if isinstance(value, list | tuple) else [value] * axes
+    if len(values) != axes:
+        raise ValueError(f"{owner}: {name} needs one value, or one for each of the {axes} axes, got {value}")
+    return values
+
+
+def attention_cost(pairs: int, tokens: int, mixer: Mixer, bytes_per: int) -> Cost:
+    """Softmax attention of `pairs` queries and keys: two products; q, k, v read and the output written once."""
     width = mixer.heads * mixer.head_dim
-    return Cost(macs=2 * queries * keys * width, bytes=4 * queries * width * bytes_per)
+    return Cost(macs=2 * pairs * width, bytes=4 * tokens * width * bytes_per)
+
+
+def local_cost(image: int, text: int, keys: int, mixer: Mixer, bytes_per: int) -> Cost:
+    """`image` queries see `keys` image tokens (or all there are) and the text, text queries see everything."""
+    tokens = image + text
+    pairs = image * (min(keys, image) + text) + text * tokens
+    return attention_cost(pairs, tokens, mixer, bytes_per)
 
 
 def linear_cost(tokens: int, mixer: Mixer, bytes_per: int) -> Cost:

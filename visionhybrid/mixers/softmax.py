@@ -43,4 +43,4 @@ class Softmax(Mixer):
 
     def cost(self, *, grid: Sequence[int], text_tokens: int = 0, bytes_per: int = 2) -> Cost:
         tokens = text_tokens + prod(grid)
-        return attention_cost(tokens, tokens, self, bytes_per)
+        return attention_cost(tokens**2, tokens, self, bytes_per)

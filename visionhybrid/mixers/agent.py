@@ -1,0 +1,127 @@
+"""Agent attention for trained diffusion models (AgentSD): few agents read all tokens, all tokens read the agents.
+
+Paper: Han et al., arXiv:2312.08874. Code: LeapLabTHU/Agent-Attention@207ce3e `agentsd/patch.py`, training-free. Tokens that
+are alike are merged first; agents are what is left when nearly all are.
+Differences: the authors compare and merge the block's input, before its norm and projections, which a mixer does not see.
+Here keys are compared (as in the first token merging, arXiv:2210.09461) and q, k, v merged. A host that owns the block gets
+their numbers from `merging.rank` and `agent_attention`. Destinations are each cell's first token, not a random one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from visionhybrid.mixers import merging
+from visionhybrid.mixers.base import Cost, Mixer, attention_cost, per_axis, text_rows
+from visionhybrid.mixers.registry import register
+
+
+def agent_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    agents: Tensor,
+    own: Tensor | None = None,
+    *,
+    sharpness: float = 0.3,
+    shortcut: float = 0.075,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale ** sharpness * q a^T) (softmax(scale * a k^T) v) + shortcut * own.
+
+    Args:
+        q: (B, heads, n, D). k, v: (B, heads, m, D). agents: (B, heads, A, D), projected as queries.
+        own: values of the queries' own tokens (B, heads, n, D), default v.
+        scale: default D ** -0.5.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    summary = F.scaled_dot_product_attention(agents, k, v, scale=scale)
+    out = F.scaled_dot_product_attention(q, agents, summary, scale=scale**sharpness)
+    return out + shortcut * (v if own is None else own)
+
+
+@register(
+    "agent",
+    purpose="alike tokens merged, the rest read through a few agents; no training",
+    paper="arXiv:2312.08874",
+    source="LeapLabTHU/Agent-Attention@207ce3e",
+    license="none stated",
+    grids=(2, 3),
+    text=True,
+    masks=False,
+    parameters=False,
+    training_free=True,
+)
+class Agent(Mixer):
+    """Agent attention among merged image tokens, copied back to all; plain softmax where agents would not save half.
+
+    Defaults are the authors' for the first 20 of 50 steps; afterwards they use `cell=2, agent_ratio=0.5`.
+
+    Args:
+        ratio: share of image tokens merged away before attention.
+        agent_ratio: share merged away to leave the agents.
+        cell: one token of each cell (one side, or height and width) absorbs the others.
+        sharpness: exponent of the logit scale where tokens read agents. shortcut: share of v added.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        head_dim: int,
+        scale: float | None = None,
+        ratio: float = 0.4,
+        agent_ratio: float = 0.95,
+        cell: int | Sequence[int] = 4,
+        sharpness: float = 0.3,
+        shortcut: float = 0.075,
+    ) -> None:
+        super().__init__(dim=dim, heads=heads, head_dim=head_dim, scale=scale)
+        if not 0 <= ratio <= agent_ratio <= 1:
+            raise ValueError(f"agent: need 0 <= ratio <= agent_ratio <= 1, got {ratio} and {agent_ratio}")
+        self.ratio, self.agent_ratio, self.cell = ratio, agent_ratio, per_axis("agent", "cell", cell, 2)
+        self.sharpness, self.shortcut = sharpness, shortcut
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, grid: Sequence[int], text_tokens: int = 0
+    ) -> Tensor:
+        self.check(q, k, v, grid, text_tokens)
+        image = [x[:, :, text_tokens:] for x in (q, k, v)]
+        ranking = merging.rank(image[1].transpose(1, 2).flatten(2), grid, self.cell)
+        merged = ranking.merging(int(self.ratio * prod(grid)))
+        few = ranking.merging(int(self.agent_ratio * prod(grid)))
+        queries, keys, own = (merged.merge(x) for x in image)
+        values = torch.cat([v[:, :, :text_tokens], own], 2)
+        keys = torch.cat([k[:, :, :text_tokens], keys], 2)
+        agents = few.merge(image[0])
+        if 2 * agents.shape[2] < queries.shape[2]:
+            out = agent_attention(
+                queries,
+                keys,
+                values,
+                agents,
+                own,
+                sharpness=self.sharpness,
+                shortcut=self.shortcut,
+                scale=self.scale,
+            )
+        else:
+            out = F.scaled_dot_product_attention(queries, keys, values, scale=self.scale)
+        out = merged.unmerge(out)
+        return torch.cat([text_rows(q, k, v, text_tokens, self.scale), out], 2) if text_tokens else out
+
+    def cost(self, *, grid: Sequence[int], text_tokens: int = 0, bytes_per: int = 2) -> Cost:
+        image = prod(grid)
+        cells = merging.cells(grid, self.cell)
+        left, agents = (max(cells, image - int(share * image)) for share in (self.ratio, self.agent_ratio))
+        keys = left + text_tokens
+        pairs = agents * (keys + left) if 2 * agents < left else left * keys
+        matching = Cost(macs=(image - cells) * cells * self.heads * self.head_dim, bytes=0)
+        tokens = image + text_tokens
+        return attention_cost(pairs + text_tokens * tokens, tokens, self, bytes_per) + matching
