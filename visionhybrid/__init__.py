@@ -18,6 +18,9 @@ _LAZY = {
     "list_models": "visionhybrid.models.registry",
     "restore": "visionhybrid.infer.restoration",
     "classify": "visionhybrid.infer.classification",
+    "attach": "visionhybrid.hosts",
+    "detach": "visionhybrid.hosts",
+    "describe": "visionhybrid.hosts",
 }
 __all__ = ["__version__", "models", *_LAZY]
 

@@ -1,0 +1,436 @@
+"""Mixers in real, tiny diffusers models and pipelines: values, layers, weights, saving."""
+
+import copy
+import json
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+from golden import list_cases, load_case
+from safetensors.torch import save_file
+
+import visionhybrid
+from visionhybrid.hosts.diffusers import models
+
+pytestmark = pytest.mark.filterwarnings(
+    # diffusers' schedulers on numpy 2
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+PIPELINES = ["sd15", "sdxl", "dit", "pixart"]
+DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
+
+
+def output(unet, **inputs):
+    with torch.no_grad():
+        return unet(**(inputs or tiny.unet_inputs())).sample
+
+
+def denoiser(pipe):
+    return getattr(pipe, "unet", None) or pipe.transformer
+
+
+def mixed_names(report):
+    return [row.name for row in report.mixed]
+
+
+# ---- the published model ---------------------------------------------------------------------------------------------
+
+
+def published(case, folder, revision="LinFusion"):
+    """The golden case's plain UNet, and its weights in a folder as LinFusion's authors lay them out."""
+    from diffusers import UNet2DConditionModel
+
+    state, config = case.state_dict(), case.facts["kwargs"]["linfusion_config"]
+    if revision == "StableMamba":  # the first revision of the published files
+        modules = [[m["module_name"], m["dim_n"], m["heads"]] for m in config["modules_list"]]
+        config = {"_class_name": revision, "modules_list": modules}
+    ours = {k.removeprefix("linfusion."): v for k, v in state.items() if k.startswith("linfusion.")}
+    save_file({k: v.clone() for k, v in ours.items()}, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    unet = UNet2DConditionModel(**case.facts["kwargs"]["unet_config"]).eval()
+    plain = unet.state_dict()
+    plain.update({k: state[f"unet.{k}"] for k in plain if "attn1" not in k})
+    unet.load_state_dict(plain, strict=True)
+    return unet
+
+
+@pytest.mark.parametrize("revision", ["LinFusion", "StableMamba"])
+@pytest.mark.parametrize("name", [name for name in list_cases() if name.startswith("linfusion_unet_")])
+def test_published_unet(name, revision, tmp_path):
+    case = load_case(name)
+    unet = published(case, tmp_path, revision)
+    inputs = {key: case.input(key) for key in case.facts["inputs"]}
+    before = output(unet, **inputs)
+    visionhybrid.attach(unet, "linfusion", weights=tmp_path)
+    case.check("sample", output(unet, **inputs))
+    visionhybrid.detach(unet)
+    assert torch.equal(output(unet, **inputs), before)
+
+
+def test_weights_of_another_model_are_refused_whole(tmp_path):
+    case = load_case("linfusion_unet_sd21tiny_24x12")
+    published(case, tmp_path)
+    unet = tiny.unet()
+    before = {key: value.clone() for key, value in unet.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"does not fit this model: .*is 32 in 2 heads there, 32 in 4 heads here"
+    ):
+        visionhybrid.attach(unet, "linfusion", weights=tmp_path)
+    assert unet.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
+
+
+def test_weights_with_a_foreign_or_missing_tensor_are_refused(tmp_path):
+    case = load_case("linfusion_unet_sd21tiny_24x12")
+    unet = published(case, tmp_path)
+    from safetensors.torch import load_file
+
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    save_file({**state, "9.to_q.weight": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=r"1 tensors belong to no module, 9.to_q.weight first"):
+        visionhybrid.attach(unet, "linfusion", weights=tmp_path)
+    save_file({k: v for k, v in state.items() if k != "0.to_v.weight"}, file)
+    with pytest.raises(ValueError, match=rf"{DOWN} lacks to_v.weight"):
+        visionhybrid.attach(unet, "linfusion", weights=tmp_path)
+    save_file({k: v for k, v in state.items() if k != "0.to_k_.3.weight"}, file)
+    with pytest.raises(ValueError, match=r"Missing key.* \"to_k_.3.weight\""):
+        visionhybrid.attach(unet, "linfusion", weights=tmp_path)
+    assert not visionhybrid.describe(unet).mixed
+
+
+def test_a_repository_that_cannot_be_fetched_says_what_to_fetch():
+    with pytest.raises(
+        FileNotFoundError, match=r"fetch config.json and .* from https://huggingface.co/Yuanshi/LinFusion"
+    ):
+        visionhybrid.attach(tiny.unet(), "linfusion", weights="Yuanshi/LinFusion-1-5")
+
+
+# ---- attach, detach, describe ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_is_changed_and_given_back(name):
+    pipe = getattr(tiny, name)()
+    before = tiny.draw(pipe)
+    report = visionhybrid.attach(pipe, "linfusion")
+    assert len(report.mixed) == len([row for row in report.rows if not row.reason]) > 0
+    assert not torch.allclose(tiny.draw(pipe), before, atol=1e-4)
+    report = visionhybrid.detach(pipe)
+    assert not report.mixed
+    assert type(denoiser(pipe)).__module__.startswith("diffusers.")
+    assert "visionhybrid" not in denoiser(pipe).config
+    assert torch.equal(tiny.draw(pipe), before)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_softmax_as_a_mixer_is_the_model_itself(name):
+    """All that the host does around the mixer (projections, heads, norms, grids) is diffusers' own computation."""
+    pipe = getattr(tiny, name)()
+    before = tiny.draw(pipe, size=(32, 48))
+    visionhybrid.attach(pipe, "softmax")
+    torch.testing.assert_close(tiny.draw(pipe, size=(32, 48)), before, rtol=0, atol=1e-6)
+
+
+def test_softmax_on_maps_with_norms_and_residuals():
+    """`Attention` that takes (B, C, H, W), with a group norm and a residual: UNet2DModel."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=12,
+        block_out_channels=(32, 64),
+        down_block_types=("AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+    ).eval()
+    x = torch.randn(1, 3, 12, 10)
+    before = output(unet, sample=x, timestep=3)
+    report = visionhybrid.attach(unet, "softmax")
+    assert [row.tokens for row in report.mixed][:2] == [144, 36]
+    torch.testing.assert_close(output(unet, sample=x, timestep=3), before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (None, 4),
+        (DOWN, 1),
+        ("mid_block", 1),
+        ("up_blocks.1", 2),
+        ("*.attentions.1.*", 1),
+        ("tokens > 64", 3),
+        ("tokens <= 64", 1),
+        ("head_dim == 16", 1),
+        (lambda layer: layer.dim == 32, 3),
+        (["mid_block", "down_blocks"], 2),
+        (["tokens > 64", "up_blocks.1"], 3),
+    ],
+)
+def test_layers_are_chosen(layers, expected):
+    unet = tiny.unet()
+    assert len(visionhybrid.attach(unet, "linfusion", layers=layers).mixed) == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("down_block.0", "no attention is called 'down_block.0'; did you mean 'down_blocks.0"),
+        ("*.attn2", "names only what cannot be replaced: .*attn2: cross attention"),
+        ("tokens > 100000", "selects none of 8 attention modules"),
+        (lambda layer: False, "selects none"),
+    ],
+)
+def test_layers_that_cannot_be_are_refused_by_name(layers, message):
+    unet = tiny.unet()
+    with pytest.raises(ValueError, match=message):
+        visionhybrid.attach(unet, "linfusion", layers=layers)
+    assert not visionhybrid.describe(unet).mixed
+
+
+def test_rules_need_a_size():
+    unet = tiny.unet(sample_size=None)
+    with pytest.raises(ValueError, match="give sample_size="):
+        visionhybrid.attach(unet, "linfusion", layers="tokens > 64")
+    report = visionhybrid.attach(unet, "linfusion", layers="tokens > 64", sample_size=(16, 8))
+    assert [row.tokens for row in report.mixed] == [128, 128, 128]
+
+
+def test_tokens_are_those_that_come():
+    """The levels' sizes are worked out from the config; here odd ones, beside what the mixers are then given."""
+    unet = tiny.unet(sample_size=(13, 9))
+    seen = []
+    report = visionhybrid.attach(unet, "softmax")
+    for row in report.mixed:
+        mixer = unet.get_submodule(row.name).mixer
+        mixer.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["grid"]), with_kwargs=True)
+    output(unet, **tiny.unet_inputs(size=(13, 9)))
+    assert sorted(seen) == [(7, 5), (13, 9), (13, 9), (13, 9)]
+    assert sorted(row.tokens for row in report.mixed) == [35, 117, 117, 117]
+
+
+def test_several_mixers_in_one_model():
+    unet = tiny.unet()
+    table = {"mid_block": ("linfusion", {"mid_dim": 8}), "tokens > 64": "softmax"}
+    report = visionhybrid.attach(unet, table, layers=["mid_block", "up_blocks"])
+    assert [(row.mixer, row.name.split(".")[0]) for row in report.mixed] == [
+        ("softmax", "up_blocks"),
+        ("softmax", "up_blocks"),
+        ("linfusion", "mid_block"),
+    ]
+    assert report.mixed[2].options["mid_dim"] == 8
+    visionhybrid.attach(unet, "linfusion", layers=DOWN)
+    with pytest.raises(ValueError, match=f"{DOWN}: it has a mixer, linfusion; detach it first"):
+        visionhybrid.attach(unet, "softmax", layers=DOWN)
+    report = visionhybrid.detach(unet, layers="up_blocks")
+    assert mixed_names(report) == [DOWN, MID]
+
+
+def test_mistakes_leave_the_model_alone():
+    unet = tiny.unet()
+    cases = [
+        (dict(mixer="linfuse"), "did you mean 'linfusion'"),
+        (dict(mixer="linfusion", mid=3), "no option 'mid'"),
+        (dict(mixer={"mid_block": "softmax"}, mid_dim=3), "give options beside their names"),
+        (dict(mixer="softmax", weights="."), "no published layout of weights is known for 'softmax'"),
+        (dict(mixer="linfusion", weights="/nowhere/at/all"), "neither a folder nor a repository"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            visionhybrid.attach(unet, **call)
+    with pytest.raises(ValueError, match="has no mixers"):
+        visionhybrid.detach(unet)
+    assert not hasattr(unet.get_submodule(DOWN), "mixer")
+    assert type(unet).__module__.startswith("diffusers.")
+
+
+def test_other_models_are_refused():
+    from diffusers import AutoencoderKL
+
+    with pytest.raises(ValueError, match=r"AutoencoderKL is not supported; have .*UNet2DConditionModel"):
+        visionhybrid.attach(tiny.vae(), "linfusion")
+    with pytest.raises(ValueError, match=r"no host knows torch.nn.modules.linear.Linear"):
+        visionhybrid.attach(torch.nn.Linear(2, 2), "linfusion")
+    assert isinstance(tiny.vae(), AutoencoderKL)
+
+
+def test_temporal_attention_is_refused_by_name():
+    """The motion modules of AnimateDiff have an attn1 as well."""
+    from diffusers import MotionAdapter, UNetMotionModel
+
+    torch.manual_seed(0)
+    adapter = MotionAdapter(
+        block_out_channels=(32, 64),
+        motion_layers_per_block=1,
+        motion_norm_num_groups=8,
+        motion_num_attention_heads=4,
+    )
+    unet = UNetMotionModel.from_unet2d(tiny.unet(), adapter).eval()
+    report = visionhybrid.attach(unet, "linfusion")
+    assert len(report.mixed) == 4
+    assert not any("motion_modules" in name for name in mixed_names(report))
+    with pytest.raises(ValueError, match=r"motion_modules.*: temporal attention: its tokens are one pixel"):
+        visionhybrid.attach(unet, "linfusion", layers="*.motion_modules.*")
+    x, text = torch.randn(1, 4, 3, 16, 12), torch.randn(3, 7, 32)
+    assert output(unet, sample=x, timestep=3, encoder_hidden_states=text).shape == x.shape
+
+
+def test_special_processors_are_not_replaced():
+    from diffusers.models.attention_processor import AttnProcessor2_0, PAGIdentitySelfAttnProcessor2_0
+
+    unet = tiny.unet()
+    unet.get_submodule(MID).set_processor(PAGIdentitySelfAttnProcessor2_0())
+    with pytest.raises(ValueError, match="its processor PAGIdentitySelfAttnProcessor2_0 does more"):
+        visionhybrid.attach(unet, "linfusion", layers=MID)
+    unet.get_submodule(MID).set_processor(AttnProcessor2_0())
+    visionhybrid.attach(unet, "linfusion", layers=MID)
+
+
+def test_describe_tells():
+    unet = tiny.unet()
+    assert not visionhybrid.describe(unet).mixed
+    visionhybrid.attach(unet, "linfusion")
+    report = visionhybrid.describe(unet)
+    assert len(report.rows) == 8
+    assert len(report.refused) == 4
+    assert {row.reason for row in report.refused} == {"cross attention: its keys are the text's"}
+    assert mixed_names(report) == [row.name for row in report.rows if row.name.endswith("attn1")]
+    # two networks of 32 x 32 with biases and a norm each
+    assert report.mixed[0].parameters == 2 * (2 * 32 * 32 + 4 * 32)
+    # at 64 tokens the gating networks cost more than softmax attention
+    assert [row.name for row in report.slower] == [MID]
+    assert "4 of 4 replaceable attention modules have a mixer" in str(report)
+    assert "1 of these mixers do more work than softmax" in str(report)
+
+
+def test_masks_are_refused_where_they_come():
+    unet = tiny.unet()
+    visionhybrid.attach(unet, "linfusion", layers=DOWN)
+    with pytest.raises(ValueError, match="linfusion: cannot honour a bias on softmax logits"):
+        output(unet, **tiny.unet_inputs(), attention_mask=torch.ones(2, 256))
+
+
+# ---- saving and loading ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_with_mixers_is_saved_and_loaded(name, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    pipe = getattr(tiny, name)()
+    visionhybrid.attach(pipe, "linfusion", zero_init=False)
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    state, again = denoiser(pipe).state_dict(), denoiser(loaded).state_dict()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], value) for key, value in state.items())
+    assert str(visionhybrid.describe(loaded)) == str(visionhybrid.describe(pipe))
+    torch.testing.assert_close(tiny.draw(loaded), tiny.draw(pipe), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "saved", [dict(), dict(variant="fp16"), dict(max_shard_size="50KB"), dict(safe_serialization=False)]
+)
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_a_model_with_mixers_is_saved_and_loaded(saved, low_memory, tmp_path):
+    unet = tiny.unet()
+    visionhybrid.attach(unet, "linfusion", layers=["mid_block", "down_blocks"], zero_init=False)
+    unet.save_pretrained(tmp_path, **saved)
+    loading = dict(low_cpu_mem_usage=low_memory, variant=saved.get("variant"))
+    loaded = models.UNet2DConditionModel.from_pretrained(tmp_path, **loading)
+    assert type(loaded) is type(unet)
+    assert torch.equal(output(loaded), output(unet))
+    visionhybrid.detach(loaded)
+    visionhybrid.detach(unet)
+    assert torch.equal(output(loaded), output(unet))
+    half = models.UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16, **loading)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_diffusers_own_class_cannot_lose_the_mixers(tmp_path):
+    from diffusers import AutoModel, StableDiffusionPipeline, UNet2DConditionModel
+
+    pipe = tiny.sd15()
+    visionhybrid.attach(pipe.unet, "linfusion")  # the pipeline is not told
+    pipe.save_pretrained(tmp_path)
+    loads = [
+        lambda: UNet2DConditionModel.from_pretrained(tmp_path / "unet"),
+        lambda: UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet"),
+        lambda: AutoModel.from_pretrained(tmp_path / "unet"),
+        lambda: StableDiffusionPipeline.from_pretrained(tmp_path),
+    ]
+    for load in loads:
+        with pytest.raises(
+            ValueError, match=r"visionhybrid: this folder has mixers.*visionhybrid.hosts.diffusers.models"
+        ):
+            load()
+    # the remedy that the message names
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["unet"][0] = "visionhybrid.hosts.diffusers.models"
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert torch.equal(output(loaded.unet), output(pipe.unet))
+
+
+def test_an_incomplete_checkpoint_is_refused(tmp_path):
+    from safetensors.torch import load_file
+
+    unet = tiny.unet()
+    visionhybrid.attach(unet, "linfusion")
+    unet.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    lost = f"{MID}.mixer.to_q_.0.weight"
+    save_file({k: v for k, v in state.items() if k != lost}, file)
+    with pytest.raises(ValueError, match=f"the checkpoint lacks weights of mixers: {lost}"):
+        models.UNet2DConditionModel.from_pretrained(tmp_path)
+    save_file({**state, f"{MID}.mixer.gate": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="has unknown weights of mixers"):
+        models.UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+def test_distilled_projections_cannot_be_given_back_from_a_checkpoint(tmp_path):
+    case = load_case("linfusion_unet_sd21tiny_24x12")
+    (tmp_path / "weights").mkdir()
+    unet = published(case, tmp_path / "weights")
+    visionhybrid.attach(unet, "linfusion", weights=tmp_path / "weights")
+    unet.save_pretrained(tmp_path / "unet")
+    loaded = models.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    case.check("sample", output(loaded, **{key: case.input(key) for key in case.facts["inputs"]}))
+    with pytest.raises(ValueError, match="its own ones are not in this checkpoint"):
+        visionhybrid.detach(loaded)
+    assert len(visionhybrid.describe(loaded).mixed) == 4
+
+
+def test_a_detached_model_is_saved_as_diffusers_saves_it(tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = tiny.sd15()
+    pipe.save_pretrained(tmp_path / "before")
+    visionhybrid.attach(pipe, "linfusion")
+    visionhybrid.detach(pipe)
+    pipe.save_pretrained(tmp_path / "after")
+    for file in ("model_index.json", "unet/config.json"):
+        assert (tmp_path / "after" / file).read_text() == (tmp_path / "before" / file).read_text()
+    assert torch.equal(
+        tiny.draw(StableDiffusionPipeline.from_pretrained(tmp_path / "after")), tiny.draw(pipe)
+    )
+
+
+def test_copies_are_independent():
+    unet = tiny.unet()
+    before = output(unet)
+    visionhybrid.attach(unet, "linfusion")
+    mixed = output(unet)
+    other = copy.deepcopy(unet)
+    assert torch.equal(output(other), mixed)
+    visionhybrid.detach(other)
+    assert torch.equal(output(other), before)
+    assert torch.equal(output(unet), mixed)
+    assert len(visionhybrid.describe(unet).mixed) == 4
+    twin = type(unet).from_config(unet.config)
+    twin.load_state_dict(unet.state_dict(), strict=True)
+    assert torch.equal(output(twin.eval()), mixed)

@@ -1,0 +1,94 @@
+"""Hosts put any mixer (`visionhybrid.mixers`) into models of another library, and take it out again.
+
+    attach(pipe, "linfusion", weights="Yuanshi/LinFusion-1-5")
+    attach(unet, {"down_blocks": "linfusion", "tokens <= 256": "softmax"})
+    print(describe(unet))
+    detach(unet)                                      # the old modules and outputs, bit for bit
+
+How it is built
+    layers.py       `Layer`, one attention module as a host sees it; `choose`, the words by which a caller picks layers
+    plan.py         which mixer each layer gets, whether it can take it, and what that saves
+    report.py       `Report`, what `attach`, `detach` and `describe` return
+    diffusers/      the diffusers host: see its docstring for how an attention family is added
+    timm/           the same for timm's vision transformers
+
+A host is a module with `attach`, `detach` and `describe` of the signatures below. It is found by the library that the model's
+class comes from, so nothing is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from os import PathLike
+from types import ModuleType
+from typing import Any
+
+from visionhybrid.hosts.layers import Selector
+from visionhybrid.hosts.plan import Mixers
+from visionhybrid.hosts.report import Report
+
+__all__ = ["attach", "describe", "detach"]
+
+# top package of a model's class -> module of its host
+HOSTS = {"diffusers": "visionhybrid.hosts.diffusers"}
+
+
+def attach(
+    model: Any,
+    mixer: Mixers,
+    *,
+    layers: Selector | None = None,
+    weights: str | PathLike[str] | Mapping[str, Any] | None = None,
+    sample_size: int | tuple[int, ...] | None = None,
+    **options: Any,
+) -> Report:
+    """Replace attention of `model` by mixers, in place. Projections, LoRA, adapters and everything else stay the model's own.
+
+    Args:
+        model: a model of a supported library, or a diffusers pipeline, whose denoisers are then meant.
+        mixer: a name of `visionhybrid.mixers.list_mixers()`; or {selector: name or (name, options)}: each layer gets the first
+            that matches, and layers that match none are left as they are.
+        layers: which attention; every one that can be replaced by default, or those that `weights` name. A shell pattern or
+            the beginning of a module's name ("up_blocks.1", "*.attentions.0.*"), a rule ("tokens > 1024", also dim, heads,
+            head_dim), a function of a `Layer`, or a list of such.
+        weights: published weights: a folder, a repository of the Hugging Face hub, or an open {key: tensor}. The authors' layout
+            is recognised; the projections that they replace are kept for `detach`.
+        sample_size: what rules and the report count tokens at, in the model's input elements (latent pixels); the size in its
+            config by default.
+        options: of the mixer, see `visionhybrid.mixers.about(name).options`.
+    Returns: what was replaced, what was not and why, and what it saves.
+    Raises:
+        ValueError: no such mixer, option or layer; a layer that cannot be replaced, by name and with the reason; weights that
+            do not fit. The model is then as it was.
+    """
+    return _host(model).attach(
+        model, mixer, layers=layers, weights=weights, sample_size=sample_size, **options
+    )
+
+
+def detach(model: Any, *, layers: Selector | None = None) -> Report:
+    """Put the model's own attention back, with the weights it had: outputs are again what they were, bit for bit.
+
+    Args:
+        layers: as for `attach`; every mixer by default.
+    Raises:
+        ValueError: no mixer there, or projections that a checkpoint saved after `attach(weights=...)` no longer holds.
+    """
+    return _host(model).detach(model, layers=layers)
+
+
+def describe(model: Any, *, sample_size: int | tuple[int, ...] | None = None) -> Report:
+    """Every attention of `model`: its mixer, or that it can take one, or why not. Print it, or read its `rows`."""
+    return _host(model).describe(model, sample_size=sample_size)
+
+
+def _host(model: Any) -> ModuleType:
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    for cls in type(model).__mro__:
+        name = HOSTS.get(cls.__module__.partition(".")[0])
+        if name:
+            return import_module(name)
+    raise ValueError(
+        f"attach: no host knows {type(model).__module__}.{type(model).__name__}; have {', '.join(HOSTS)}"
+    )

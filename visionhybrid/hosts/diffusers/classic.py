@@ -1,0 +1,217 @@
+"""`Attention` over images: the UNets of Stable Diffusion (1.5, 2.1, XL), DiT and PixArt.
+
+The grid. `Transformer2DModel`, `DiTTransformer2DModel` and `PixArtTransformer2DModel` take a (B, C, H, W) map and hand
+`cross_attention_kwargs` down to every attention. A hook on them adds the map's sides to that dictionary; a hook on attention
+without a mixer takes it out again, since diffusers warns of keywords that a processor does not name. So the grid is an argument:
+exact for any H and W, the same when a checkpointed block runs again, and nothing remains on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair, halved
+from visionhybrid.hosts.layers import Layer
+
+__all__ = ["FAMILIES", "MixerProcessor"]
+
+# Attention in modules of these names runs along time; it is called attn1 as well.
+TEMPORAL = {"motion_modules", "temp_attentions", "temporal_transformer_blocks"}
+# Processors that compute plain softmax attention, each in its own way; any other does something a mixer would undo.
+PLAIN = {
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnProcessorNPU",
+    "FusedAttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+    "XLAFlashAttnProcessor2_0",
+}
+
+
+class MixerProcessor:
+    """Runs `attn.mixer` where diffusers' `AttnProcessor2_0` would run softmax attention."""
+
+    mixes = True
+
+    def __call__(
+        self,
+        attn: Any,  # an `Attention`, its fields wider than diffusers declares them
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """(B, N, C), or a map (B, C, H, W), to the same shape. `grid` is (H, W) of the N tokens."""
+        mixer, name = attn.mixer, attn.mixer.about.name
+        if attention_mask is not None:
+            raise ValueError(f"{name}: cannot honour a bias on softmax logits, which attention_mask is here")
+        if encoder_hidden_states is not None:
+            raise ValueError(f"{name}: mixes an image with itself, got encoder_hidden_states")
+        residual = x = hidden_states
+        if attn.spatial_norm is not None:
+            x = attn.spatial_norm(x, temb)
+        if hidden_states.ndim == 4:
+            grid = tuple(hidden_states.shape[2:])
+            x = x.flatten(2).transpose(1, 2)  # (B, N, C)
+        if grid is None:
+            if mixer.about.grids:
+                raise ValueError(
+                    f"{name}: needs (H, W) of {x.shape[1]} tokens, which this model did not tell"
+                )
+            grid = (x.shape[1],)
+        if attn.group_norm is not None:
+            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+
+        x_q, x_k = mixer.hidden(x) if hasattr(mixer, "hidden") else (x, x)
+        projected = attn.to_q(x_q), attn.to_k(x_k), attn.to_v(x)
+        q, k, v = (y.unflatten(2, (attn.heads, -1)).transpose(1, 2) for y in projected)  # (B, heads, N, D)
+        q = q if attn.norm_q is None else attn.norm_q(q)
+        k = k if attn.norm_k is None else attn.norm_k(k)
+        out = mixer(q, k, v, grid=grid).transpose(1, 2).flatten(2)
+
+        for layer in attn.to_out:
+            out = layer(out)
+        if hidden_states.ndim == 4:
+            out = out.transpose(1, 2).reshape(residual.shape)
+        if attn.residual_connection:
+            out = out + residual
+        return out / attn.rescale_output_factor
+
+
+def _find(
+    model: nn.Module, size: SampleSize, grid_of: Callable[[str], tuple[int, ...] | None]
+) -> list[Layer]:
+    """Every `Attention` of `model`; `grid_of(name)` gives the sides of its map."""
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, Attention):
+            continue
+        owner = model.get_submodule(name.rpartition(".")[0])
+        found.append(
+            Layer(
+                name=name,
+                module=module,
+                dim=module.query_dim,
+                heads=module.heads,
+                head_dim=module.inner_dim // module.heads,
+                grid=grid_of(name),
+                reason=_reason(name, module, owner),
+            )
+        )
+    return found
+
+
+def _reason(name: str, attn: Attention, owner: nn.Module) -> str | None:
+    """Why a mixer cannot take the place of this attention; None if it can."""
+    processor = type(attn.processor).__name__
+    own = getattr(attn.processor, "mixes", False)
+    if TEMPORAL.intersection(name.split(".")):
+        return "temporal attention: its tokens are one pixel in all frames, not an image"
+    if attn.is_cross_attention:
+        return "cross attention: its keys are the text's"
+    if attn.added_kv_proj_dim is not None or attn.only_cross_attention:
+        return "keys of the text are added to the image's (added_kv_proj_dim)"
+    if isinstance(owner, BasicTransformerBlock) and owner.attn2 is attn:
+        return "second attention of its block: its keys are the text's where there is one"
+    if type(owner).__name__ == "GatedSelfAttentionDense":
+        return "grounding tokens are among the image's (GLIGEN)"
+    if attn.inner_kv_dim != attn.inner_dim:
+        return "grouped keys: fewer heads for keys than for queries"
+    if attn.is_causal:
+        return "causal attention"
+    if processor not in PLAIN and not own:
+        return f"its processor {processor} does more than softmax attention, and a mixer would undo that"
+    return None
+
+
+def _unet_layers(model: nn.Module, size: SampleSize) -> list[Layer]:
+    config: Any = model.config
+    size = size or as_pair(config.sample_size)
+    sizes = [size]
+    for block in model.down_blocks:  # pyright: ignore[reportGeneralTypeIssues]
+        shrinks = getattr(block, "downsamplers", None) is not None
+        padded = config.get("downsample_padding", 1) != 0
+        sizes.append(halved(sizes[-1], padded) if sizes[-1] and shrinks else sizes[-1])
+    levels = len(sizes) - 1
+
+    def grid_of(name: str) -> tuple[int, ...] | None:
+        part, number = (name + ".0").split(".")[:2]
+        if part == "mid_block":
+            return sizes[-1]
+        return sizes[int(number) if part == "down_blocks" else levels - 1 - int(number)]
+
+    return _find(model, size, grid_of)
+
+
+def _transformer_layers(model: nn.Module, size: SampleSize) -> list[Layer]:
+    config: Any = model.config
+    size = size or as_pair(config.sample_size)
+    grid = None if size is None else tuple(n // config.patch_size for n in size)
+    return _find(model, size, lambda name: grid)
+
+
+def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
+    """Tell the grid to attention under `names` from the modules that see the map; see the top of this file."""
+    handles = []
+    for name, module in model.named_modules():
+        position = next((place for cls, place in _KWARGS_AT.items() if isinstance(module, cls)), None)
+        if position is not None:
+            hook = partial(_add_grid, patch=_patch(module), position=position)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        elif isinstance(module, Attention) and name not in names:
+            handles.append(module.register_forward_pre_hook(_drop_grid, with_kwargs=True))
+    return handles
+
+
+# class -> place of cross_attention_kwargs among the arguments of its forward
+_KWARGS_AT = {Transformer2DModel: 5, DiTTransformer2DModel: 3, PixArtTransformer2DModel: 4}
+
+
+def _patch(module: Any) -> int:
+    """Side of the square of the map that becomes one token."""
+    if isinstance(module, Transformer2DModel):
+        return module.patch_size if module.is_input_patches else 1
+    return module.config.patch_size
+
+
+def _add_grid(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, patch: int, position: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    sample = args[0] if args else kwargs["hidden_states"]
+    if sample.ndim != 4:  # discrete latents come as (B, N)
+        return args, kwargs
+    grid = {"grid": (sample.shape[2] // patch, sample.shape[3] // patch)}
+    if len(args) > position:
+        given = {**(args[position] or {}), **grid}
+        return (*args[:position], given, *args[position + 1 :]), kwargs
+    return args, {
+        **kwargs,
+        "cross_attention_kwargs": {**(kwargs.get("cross_attention_kwargs") or {}), **grid},
+    }
+
+
+def _drop_grid(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {key: value for key, value in kwargs.items() if key != "grid"}
+
+
+def _family(layers: Callable[[nn.Module, SampleSize], list[Layer]], *models: str) -> Family:
+    return Family(models=models, layers=layers, processor=lambda module: MixerProcessor(), hooks=_hooks)
+
+
+FAMILIES = (
+    _family(_unet_layers, "UNet2DConditionModel", "UNet2DModel", "UNetMotionModel"),
+    _family(_transformer_layers, "DiTTransformer2DModel", "PixArtTransformer2DModel"),
+)

@@ -1,0 +1,62 @@
+"""What the host has to know of one kind of attention: where it is, how it is run with a mixer, where its grid comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from torch import nn
+
+from visionhybrid.hosts.layers import Layer
+
+__all__ = ["Family", "SampleSize", "family_of"]
+
+SampleSize = tuple[int, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One way of attention in diffusers, and the models that have it. One file each; `family_of` looks them up.
+
+    Args:
+        models: names of diffusers' model classes; subclasses of them count.
+        layers: (model, sample size or None for the config's) -> every attention module, those that no mixer can replace
+            with the reason. It must not depend on mixers that are attached already.
+        processor: (attention module) -> a fresh processor that runs `module.mixer`. Its class has no state, needs no
+            arguments, has an attribute `mixes = True`, and names every parameter of `__call__`: diffusers drops the rest.
+        hooks: (model, names of the layers that have a mixer) -> handles of the hooks that tell processors the grid. A grid
+            has to travel as an argument, not as state: a checkpointed layer runs again when other sizes may have come by.
+    """
+
+    models: tuple[str, ...]
+    layers: Callable[[nn.Module, SampleSize], list[Layer]]
+    processor: Callable[[nn.Module], Any]
+    hooks: Callable[[nn.Module, set[str]], list[Any]]
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The family of a model's attention, None if none is known."""
+    names = {cls.__name__ for cls in type(model).__mro__}
+    return next((family for family in _families() if names.intersection(family.models)), None)
+
+
+def known_models() -> list[str]:
+    return [name for family in _families() for name in family.models]
+
+
+def _families() -> Sequence[Family]:
+    from visionhybrid.hosts.diffusers import classic
+
+    return classic.FAMILIES
+
+
+def as_pair(size: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """A sample size as diffusers' configs give it, int or list, as (height, width)."""
+    return None if size is None else (size, size) if isinstance(size, int) else tuple(size)
+
+
+def halved(size: tuple[int, ...], padded: bool) -> tuple[int, ...]:
+    """What a stride-2 convolution of kernel 3 leaves: with padding 1 the ceiling, else diffusers pads one side only."""
+    return tuple(ceil(n / 2) if padded else max(n // 2, 1) for n in size)
