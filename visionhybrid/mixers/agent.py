@@ -2,9 +2,9 @@
 
 Paper: Han et al., arXiv:2312.08874. Code: LeapLabTHU/Agent-Attention@207ce3e `agentsd/patch.py`, training-free. Tokens that
 are alike are merged first; agents are what is left when nearly all are.
-Differences: the authors compare and merge the block's input, before its norm and projections, which a mixer does not see.
-Here keys are compared (as in the first token merging, arXiv:2210.09461) and q, k, v merged. A host that owns the block gets
-their numbers from `merging.rank` and `agent_attention`. Destinations are each cell's first token, not a random one.
+Tokens are ranked by the likeness of `metric`, the block's input before its norm in the authors' code; without it, of the keys
+(as in the first token merging, arXiv:2210.09461). Merging q, k and v is merging the normed states before the projections.
+Differences: destinations are each cell's first token, not a random one; text may stand beside the image.
 """
 
 from __future__ import annotations
@@ -34,11 +34,15 @@ def agent_attention(
 ) -> Tensor:
     """softmax(scale ** sharpness * q a^T) (softmax(scale * a k^T) v) + shortcut * own.
 
+    Where agents would not save half (2 A >= n), plain softmax(scale * q k^T) v.
+
     Args:
         q: (B, heads, n, D). k, v: (B, heads, m, D). agents: (B, heads, A, D), projected as queries.
         own: values of the queries' own tokens (B, heads, n, D), default v.
         scale: default D ** -0.5.
     """
+    if 2 * agents.shape[2] >= q.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     summary = F.scaled_dot_product_attention(agents, k, v, scale=scale)
     out = F.scaled_dot_product_attention(q, agents, summary, scale=scale**sharpness)
@@ -89,30 +93,39 @@ class Agent(Mixer):
         self.sharpness, self.shortcut = sharpness, shortcut
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, grid: Sequence[int], text_tokens: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        grid: Sequence[int],
+        text_tokens: int = 0,
+        metric: Tensor | None = None,
     ) -> Tensor:
+        """As `Mixer.forward`; `metric` (B, prod(grid), C) ranks the image tokens instead of their keys."""
         self.check(q, k, v, grid, text_tokens)
         image = [x[:, :, text_tokens:] for x in (q, k, v)]
-        ranking = merging.rank(image[1].transpose(1, 2).flatten(2), grid, self.cell)
+        metric = image[1].transpose(1, 2).flatten(2) if metric is None else metric
+        if metric.shape[:2] != (q.shape[0], prod(grid)):
+            raise ValueError(
+                f"agent: metric must be {(q.shape[0], prod(grid))} tokens, got {tuple(metric.shape)}"
+            )
+        ranking = merging.rank(metric, grid, self.cell)
         merged = ranking.merging(int(self.ratio * prod(grid)))
         few = ranking.merging(int(self.agent_ratio * prod(grid)))
         queries, keys, own = (merged.merge(x) for x in image)
         values = torch.cat([v[:, :, :text_tokens], own], 2)
         keys = torch.cat([k[:, :, :text_tokens], keys], 2)
-        agents = few.merge(image[0])
-        if 2 * agents.shape[2] < queries.shape[2]:
-            out = agent_attention(
-                queries,
-                keys,
-                values,
-                agents,
-                own,
-                sharpness=self.sharpness,
-                shortcut=self.shortcut,
-                scale=self.scale,
-            )
-        else:
-            out = F.scaled_dot_product_attention(queries, keys, values, scale=self.scale)
+        out = agent_attention(
+            queries,
+            keys,
+            values,
+            few.merge(image[0]),
+            own,
+            sharpness=self.sharpness,
+            shortcut=self.shortcut,
+            scale=self.scale,
+        )
         out = merged.unmerge(out)
         return torch.cat([text_rows(q, k, v, text_tokens, self.scale), out], 2) if text_tokens else out
 
