@@ -83,8 +83,19 @@ def toy(depths=(1, 2, 1), dims=(8, 12, 16), head=None, **kwargs):
 
 
 CLASSIFIERS = visionhybrid.list_models(task="classification")
-# One of each kind: the larger ones differ in depth only.
-NAMES = ["toy", *(name for name in CLASSIFIERS if not {"base", "large"} & set(name.split("_")))]
+SIZES = ("nano", "tiny", "small", "base", "large")
+
+
+def size(name):
+    return next((i for i, word in enumerate(SIZES) if word in name.split("_")), 0)
+
+
+# The smallest of each kind: the larger ones differ in depths and widths only.
+KINDS = {
+    "_".join(w for w in name.split("_") if w not in SIZES): name
+    for name in sorted(CLASSIFIERS, key=size)[::-1]
+}
+NAMES = ["toy", *sorted(KINDS.values())]
 # One of each system, where kinds share all code.
 SYSTEMS = list({registry.SYSTEM_OF[name]: name for name in reversed(NAMES[1:])}.values())
 

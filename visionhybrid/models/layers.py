@@ -6,6 +6,7 @@ move a and d into a neighbouring linear map; they compute in float64 and keep th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from visionhybrid.kernels.precision import widened
 
 
 def scale_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -60,6 +63,14 @@ def fold_before(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor) -> N
     set_bias(layer, bias if layer.bias is None else bias + layer.bias.double())
 
 
+def absorb_after(conv: nn.Module, norm: nn.Module) -> nn.Module:
+    """Fold `norm`, which follows `conv`, into it; returns what takes the norm's place: the identity, or `norm` if it is no batch norm."""
+    if isinstance(norm, _BatchNorm):
+        fold_after(conv, *scale_shift(norm))
+        return nn.Identity()
+    return norm
+
+
 class Affine(nn.Module):
     """y = weight * x + bias per channel of (B, C, H, W): a batch norm at inference that no neighbour could absorb."""
 
@@ -80,6 +91,126 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def fuse(self) -> Affine:
         return Affine(self)
+
+
+# ---- parts of hybrids of convolution and attention (RAVLT, MALA, A2Mamba)
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch norm, activation: (B, dim_in, H, W) -> (B, dim, H / stride, W / stride), sides rounded up."""
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim: int,
+        *,
+        kernel_size: int = 3,
+        stride: int = 1,
+        bias: bool = True,
+        act: type[nn.Module] = nn.Identity,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.conv = nn.Conv2d(dim_in, dim, kernel_size, stride, kernel_size // 2, bias=bias, **dd)
+        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.act = act()
+
+    def reparameterize(self) -> None:
+        self.norm = absorb_after(self.conv, self.norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(channels_last(x))))
+
+
+class ConvStem(nn.Sequential):
+    """3x3 `ConvNorm`s, GELU between: (B, in_chans, H, W) -> (B, dims[-1], H / s, W / s), s the product of `strides`."""
+
+    def __init__(
+        self, in_chans: int, *, dims: Sequence[int], strides: Sequence[int], bias: bool = True, **dd: Any
+    ) -> None:
+        widths = (in_chans, *dims)
+        acts = [nn.GELU] * (len(dims) - 1) + [nn.Identity]
+        super().__init__(
+            *(
+                ConvNorm(widths[i], dims[i], stride=strides[i], bias=bias, act=acts[i], **dd)
+                for i in range(len(dims))
+            )
+        )
+        self.dim = dims[-1]
+
+
+class ConvPosition(nn.Conv2d):
+    """x plus a depthwise convolution of it, which tells each pixel where it is: (B, dim, H, W), the shape stays."""
+
+    def __init__(self, dim: int, *, kernel_size: int = 3, **dd: Any) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self._conv_forward(x, self.weight, self.bias)
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Conv2d:
+        """One convolution for both: the sum is one more on the middle tap. Used by `timm.utils.reparameterize_model`."""
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            padding=self.padding,
+            groups=self.groups,
+            device="meta",
+        )
+        middle = torch.zeros_like(self.weight)
+        middle[:, :, self.kernel_size[0] // 2, self.kernel_size[1] // 2] = 1
+        conv.weight, conv.bias = nn.Parameter(self.weight + middle), self.bias
+        return conv.train(self.training)
+
+
+class ConvMlp(nn.Module):
+    """Pointwise to `hidden`, GELU, `ConvPosition`, pointwise back: (B, dim, H, W), the shape stays."""
+
+    def __init__(self, dim: int, *, hidden: int, **dd: Any) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden, 1, **dd)
+        self.act = nn.GELU()
+        self.dwconv = ConvPosition(hidden, **dd)
+        self.fc2 = nn.Conv2d(hidden, dim, 1, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.dwconv(self.act(self.fc1(x))))
+
+
+@register_notrace_module
+class RotaryGrid(nn.Module):
+    """Angles of the pixels of a map for `rotate`: (B, C, H, W) -> (2, H * W, head_dim / 2), cosines and sines.
+
+    The first half of the pairs turns by row * w_m, the second by column * w_m, w_m = base^(-m / (M - 1)) for m = 0 ... M - 1 and
+    M = head_dim / 4: both ends count, unlike in most rotary embeddings. Nothing is stored: made anew in float32 for each map.
+    """
+
+    def __init__(self, head_dim: int, *, base: float = 10000.0) -> None:
+        super().__init__()
+        if head_dim % 4:
+            raise ValueError(f"RotaryGrid: head_dim must be a multiple of 4, got {head_dim}")
+        self.count, self.base = head_dim // 4, base
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[2], x.shape[3]
+        kind = widened(x)
+        pace = self.base ** -torch.linspace(0, 1, self.count, dtype=kind, device=x.device)
+        rows = torch.arange(H, dtype=kind, device=x.device)[:, None, None] * pace
+        columns = torch.arange(W, dtype=kind, device=x.device)[:, None] * pace
+        angles = torch.cat([rows.expand(H, W, self.count), columns.expand(H, W, self.count)], -1).flatten(
+            0, 1
+        )
+        return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels of (..., N, D) by the angles of `table` (2, N, D / 2); the dtype stays."""
+    cos, sin = table[0], table[1]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
 
 
 # ---- speed on a CPU. oneDNN's convolutions take channels-last maps as they are, where (B, N, C) tokens are a view of a

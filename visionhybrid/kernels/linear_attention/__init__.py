@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from visionhybrid.kernels.dispatch import pick
-from visionhybrid.kernels.linear_attention import eager, reference
+from visionhybrid.kernels.linear_attention import eager, plain, reference
+from visionhybrid.kernels.precision import autocast
 from visionhybrid.kernels.shapes import Bool, Float, checked
 
 BACKENDS: dict[str, Any] = {"reference": reference, "eager": eager}
@@ -55,18 +56,15 @@ def arguments(
             "linear_attention: rotated concerns the numerator beside a normaliser, norm 'none' has none"
         )
     q_rotated, k_rotated = (None, None) if rotated is None else rotated
-    tensors = dict(q=q, k=k, v=v, q_rotated=q_rotated, k_rotated=k_rotated)
-    if torch.is_autocast_enabled(q.device.type):
-        kind = torch.get_autocast_dtype(q.device.type)
-        tensors = {name: x if x is None else x.to(kind) for name, x in tensors.items()}
-    _check(**tensors)
+    tensors = autocast(q, k, v, q_rotated, k_rotated)
+    _check(*tensors)
     B, M = k.shape[0], k.shape[2]
     if key_mask is not None and (tuple(key_mask.shape) != (B, M) or key_mask.dtype != torch.bool):
         raise ValueError(
             f"linear_attention: key_mask must be boolean {(B, M)}, got {key_mask.dtype} {tuple(key_mask.shape)}"
         )
     eps = default if eps is None else float(eps)
-    return *tensors.values(), key_mask, feature_map, mode, eps, float(scale), group
+    return *tensors, key_mask, feature_map, mode, eps, float(scale), group
 
 
 @checked
@@ -100,7 +98,8 @@ def linear_attention(
             embedding beside a positive normaliser (MLLA, RALA, SANA-Video).
         group: the sequence is sharded over these ranks: q, k, v, key_mask are this rank's tokens (any number of them), sums
             and means run over all. One all-reduce of heads x D x (E + 1) numbers forward, one backward.
-        backend: "auto", "eager", "triton", or "reference" (N x M weights in float64, differentiable twice).
+        backend: "auto", "eager", "triton", or "reference" (N x M weights in float64, differentiable twice). While
+            `torch.export` traces, "auto" takes `plain.py`: operations that ONNX knows.
     Returns: dtype of q, tokens and heads laid out as in q. Sums are kept in float32 (float64 for float64).
         Under autocast q, k, v are cast to its type first, as for `scaled_dot_product_attention`.
     Raises: ValueError: shapes or dtypes disagree, an option is unknown, or the named backend cannot run this call.
@@ -117,6 +116,8 @@ def linear_attention(
         rotated=rotated,
         group=group,
     )
+    if backend == "auto" and group is None and torch.compiler.is_exporting():
+        return plain.forward(*args[:-1])
     return pick("linear_attention", BACKENDS, backend, args).forward(*args)
 
 

@@ -16,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from visionhybrid.models.layers import (
     DeployedConv2d,
     TokenLinear,
+    absorb_after,
     channels_last,
-    fold_after,
     fold_before,
     scale_shift,
     set_bias,
@@ -34,7 +34,7 @@ class ConvNormAct(nn.Module):
         self.act = nn.ReLU(inplace=True)
 
     def reparameterize(self) -> None:
-        self.norm = _absorb_after(self.conv, self.norm)
+        self.norm = absorb_after(self.conv, self.norm)
         self.conv, self.act = _join(self.conv, self.act)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.Identity() if identity else nn.BatchNorm2d(dim, **dd)
 
     def reparameterize(self) -> None:
-        self.norm = _absorb_after(self.conv, self.norm)
+        self.norm = absorb_after(self.conv, self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(self.pool(x)))
@@ -85,7 +85,7 @@ class MHCA(nn.Module):
         self.projection = nn.Conv2d(dim, dim, 1, bias=False, **dd)
 
     def reparameterize(self) -> None:
-        self.norm = _absorb_after(self.group_conv3x3, self.norm)
+        self.norm = absorb_after(self.group_conv3x3, self.norm)
         self.group_conv3x3, self.act = _join(self.group_conv3x3, self.act)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -274,14 +274,6 @@ class NTB(nn.Module):
         y = y + self.mhca_drop_path(self.mhca(y))
         x = torch.cat([x, y], dim=1)
         return x + self.mlp_drop_path(self.mlp(self.norm2(x)))
-
-
-def _absorb_after(conv: nn.Module, norm: nn.Module) -> nn.Module:
-    """Fold `norm`, which follows `conv`, into it; returns what takes the norm's place."""
-    if isinstance(norm, _BatchNorm):
-        fold_after(conv, *scale_shift(norm))
-        return nn.Identity()
-    return norm
 
 
 def _absorb_before(layers: Sequence[nn.Module], norm: nn.Module) -> nn.Module:

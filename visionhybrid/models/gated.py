@@ -1,0 +1,311 @@
+"""What RAVLT and MALA share: blocks of a gated token mixer and a convolutional MLP, linear in the first two stages.
+
+The blocks come from the authors of RMT. A system that follows this plan brings its linear mixer (a subclass of `GatedMixer`) and
+subclasses `GatedBackbone`; `convert` and `options` read the checkpoints of all.
+
+Different here: rotary angles are made for each map in float32, not stored (`layers.N.RoPE.angle` is dropped on loading), and the
+scales of the residuals are vectors, which timm's optimisers therefore do not decay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm2d, LayerScale2d
+from torch import Tensor, nn
+
+from visionhybrid.kernels.linear_attention import linear_attention, plain
+from visionhybrid.kernels.precision import autocasting
+from visionhybrid.models.backbone import Backbone, LayerFn, Spec, Stage, no_layer
+from visionhybrid.models.checkpoint import rename
+from visionhybrid.models.layers import (
+    ConvMlp,
+    ConvNorm,
+    ConvPosition,
+    ConvStem,
+    RotaryGrid,
+    fold_after,
+    rotate,
+)
+
+# timm's description of a classifier of this family, and how features are tapped.
+CFG = dict(
+    input_size=(3, 224, 224),
+    pool_size=(7, 7),
+    crop_pct=224 / 256,
+    interpolation="bicubic",
+    first_conv="stem.0.conv",
+    classifier="head.fc",
+)
+TAPS = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
+
+# ---- blocks
+
+
+class GatedMixer(nn.Module):
+    """(attention(q, k, v) + depthwise 5x5 of v) * gate, projected: (B, dim, H, W), the shape stays.
+
+    A subclass writes `attend`. One projection makes queries, keys, values and the gate, which is used as it is.
+    """
+
+    def __init__(self, dim: int, *, num_heads: int, **dd: Any) -> None:
+        super().__init__()
+        self.head_dim = dim // num_heads
+        self.qkvo = nn.Conv2d(dim, 4 * dim, 1, **dd)
+        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
+        self.proj = nn.Conv2d(dim, dim, 1, **dd)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        """(B, heads, N, head_dim) each, and the table for `rotate`; returns the same shape."""
+        raise NotImplementedError
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, heads, N, head_dim), a view wherever the channels lie."""
+        return x.flatten(2).unflatten(1, (-1, self.head_dim)).transpose(2, 3)
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        q, k, v, gate = self.qkvo(x).chunk(4, 1)
+        out = self.attend(self.heads(q), self.heads(k), self.heads(v), position)
+        out = out.transpose(2, 3).reshape(x.shape)  # (B, C, H, W)
+        return self.proj((out + self.lepe(v)) * gate)
+
+
+def normalised(q: Tensor, k: Tensor, v: Tensor, position: Tensor, eps: float) -> Tensor:
+    """sum_j w_ij v_j / (mean_j q_i . k_j + eps) / N of features q, k (B, heads, N, D); w_ij is q_i . k_j after `rotate`.
+
+    In the type of its inputs, which a mixer has chosen: autocast has no say here.
+    """
+    rotated = rotate(q, position), rotate(k, position)
+    if torch.jit.is_scripting():
+        return plain.forward(q, k, v, rotated[0], rotated[1], None, "identity", "mean", eps, 1.0)
+    return _normalised(q, k, v, rotated, eps)
+
+
+def _normalised(q: Tensor, k: Tensor, v: Tensor, rotated: tuple[Tensor, Tensor], eps: float) -> Tensor:
+    with torch.autocast(q.device.type, enabled=False) if autocasting(q) else nullcontext():
+        return linear_attention(q, k, v, feature_map="identity", norm="fbla", eps=eps, rotated=rotated)
+
+
+class SoftmaxMixer(GatedMixer):
+    """`GatedMixer` with ordinary attention of rotated queries and keys."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(rotate(q, position), rotate(k, position), v)
+
+
+class GatedBlock(nn.Module):
+    """Conv position, then x + scale1 mixer(norm1(x)), then x + scale2 mlp(norm2(x)): (B, dim, H, W), the shape stays."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mixer: LayerFn,
+        mlp_ratio: float,
+        layer_scale: float | None,
+        drop_path: float = 0.0,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        scale = no_layer if layer_scale is None else partial(LayerScale2d, init_values=layer_scale)
+        self.cpe = ConvPosition(dim, **dd)
+        self.norm1 = LayerNorm2d(dim, **dd)
+        self.mixer = mixer(dim, **dd)
+        self.scale1 = scale(dim, **dd)
+        self.norm2 = LayerNorm2d(dim, **dd)
+        self.mlp = ConvMlp(dim, hidden=round(mlp_ratio * dim), **dd)
+        self.scale2 = scale(dim, **dd)
+        self.drop_path = DropPath(drop_path)
+
+    def reparameterize(self) -> None:
+        self.scale1 = _absorb_scale(self.mixer.proj, self.scale1)
+        self.scale2 = _absorb_scale(self.mlp.fc2, self.scale2)
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        x = self.cpe(x)
+        x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x), position)))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+
+
+def _absorb_scale(conv: nn.Module, scale: nn.Module) -> nn.Module:
+    if isinstance(scale, LayerScale2d):
+        gamma = scale.gamma.detach().double()
+        fold_after(conv, gamma, torch.zeros_like(gamma))
+        return nn.Identity()
+    return scale
+
+
+# ---- the backbone
+
+
+class GatedBackbone(Backbone):
+    """Two stages of a linear mixer, two of softmax attention; a subclass names its `linear_mixer`.
+
+    Args:
+        in_chans, num_classes, global_pool, drop_rate, drop_path_rate: see `Backbone`.
+        depths, dims, num_heads: of each stage; dims / num_heads must be multiples of 4.
+        mlp_ratios: hidden over outer width of each stage's MLPs.
+        layer_scale: what each stage's residual scales start from, None for a stage without.
+        proj_dim: width of the final projection, which stands in the place of a final norm.
+    Raises:
+        ValueError: not four entries, or a head dim that cannot be rotated.
+    """
+
+    linear_mixer: LayerFn
+
+    def __init__(
+        self,
+        *,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        depths: Sequence[int] = (2, 2, 6, 2),
+        dims: Sequence[int] = (64, 128, 256, 512),
+        num_heads: Sequence[int] = (1, 2, 4, 8),
+        mlp_ratios: Sequence[float] = (3.5, 3.5, 3.5, 3.5),
+        layer_scale: Sequence[float | None] = (1.0, 1.0, 1.0, 1.0),
+        proj_dim: int = 1024,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        name = type(self).__name__
+        lists = dict(
+            depths=depths, dims=dims, num_heads=num_heads, mlp_ratios=mlp_ratios, layer_scale=layer_scale
+        )
+        for what, value in lists.items():
+            if len(value) != 4:
+                raise ValueError(f"{name}: {what} needs 4 entries, got {list(value)}")
+        stages = []
+        for i, (depth, dim, heads) in enumerate(zip(depths, dims, num_heads, strict=True)):
+            if dim % (4 * heads):
+                raise ValueError(f"{name}: {heads} heads of a multiple of 4 channels do not fit width {dim}")
+            mixer = partial(type(self).linear_mixer if i < 2 else SoftmaxMixer, num_heads=heads)
+            block = partial(GatedBlock, mixer=mixer, mlp_ratio=mlp_ratios[i], layer_scale=layer_scale[i])
+            down = dict(downsample=partial(ConvNorm, dim=dim, stride=2), stride=2) if i else {}
+            stages.append(Stage(blocks=(block,) * depth, position=partial(_rotary, num_heads=heads), **down))
+        half = dims[0] // 2
+        spec = Spec(
+            stem=partial(ConvStem, dims=(half, half, half, dims[0]), strides=(2, 1, 1, 2)),
+            stages=tuple(stages),
+            norm=partial(ConvNorm, dim=proj_dim, kernel_size=1, act=nn.SiLU),
+        )
+        super().__init__(
+            spec,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            device=device,
+            dtype=dtype,
+        )
+
+
+def _rotary(dim: int, *, num_heads: int, device: Any = None, dtype: Any = None) -> RotaryGrid:
+    return RotaryGrid(dim // num_heads)
+
+
+# ---- checkpoints
+
+_AUTHORS = "patch_embed.proj.0.weight"
+_RULES = (
+    (r"patch_embed\.proj\.(\d+)\.(.+)", lambda m: f"stem.{int(m[1]) // 3}.{('conv', 'norm')[int(m[1]) % 3]}.{m[2]}"),
+    (r"layers\.\d+\.RoPE\.angle", None),
+    (r"layers\.(\d+)\.blocks\.(\d+)\.pos\.(.+)", r"stages.\1.blocks.\2.cpe.\3"),
+    (r"layers\.(\d+)\.blocks\.(\d+)\.norm([12])\.norm\.(.+)", r"stages.\1.blocks.\2.norm\3.\4"),
+    (r"layers\.(\d+)\.blocks\.(\d+)\.attn\.(.+)", r"stages.\1.blocks.\2.mixer.\3"),
+    (r"layers\.(\d+)\.blocks\.(\d+)\.ffn\.(.+)", r"stages.\1.blocks.\2.mlp.\3"),
+    (r"layers\.(\d+)\.blocks\.(\d+)\.gamma_([12])", r"stages.\1.blocks.\2.scale\3.gamma"),
+    (r"layers\.(\d+)\.downsample\.reduction\.(.+)", lambda m: f"stages.{int(m[1]) + 1}.downsample.conv.{m[2]}"),
+    (r"layers\.(\d+)\.downsample\.norm\.(.+)", lambda m: f"stages.{int(m[1]) + 1}.downsample.norm.{m[2]}"),
+    (r"proj\.(.+)", r"norm.conv.\1"),
+    (r"norm\.(.+)", r"norm.norm.\1"),
+    (r"head\.(.+)", r"head.fc.\1"),
+)  # fmt: skip
+
+
+def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' keys -> ours; ours are returned as they are."""
+    if _AUTHORS not in state:
+        return dict(state)
+    ours = rename(state, _RULES)
+    for key, value in ours.items():
+        if key.endswith(".gamma"):
+            ours[key] = value.flatten()  # theirs are (1, C, 1, 1)
+        elif key == "head.fc.weight":
+            ours[key] = value.flatten(1)  # theirs is a 1x1 convolution
+    return ours
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """`convert` under the name and signature that timm expects."""
+    return convert(state_dict)
+
+
+def proj_dim(state: Mapping[str, Tensor]) -> int | None:
+    """Width of the final projection of a model of this family, 0 if it was cut off; None for weights of another family."""
+    block = "layers.0.blocks.0.attn" if _AUTHORS in state else "stages.0.blocks.0.mixer"
+    if f"{block}.qkvo.weight" not in state:
+        return None
+    final = next((key for key in ("norm.conv.weight", "proj.weight") if key in state), None)
+    return state[final].shape[0] if final else 0
+
+
+def options(
+    state: Mapping[str, Tensor], *, variants: Mapping[str, Mapping[str, Any]], **given: Any
+) -> dict[str, Any]:
+    """Keywords of a `GatedBackbone`, read from keys and shapes; `given` adds or repeats some.
+
+    The number of heads shows in the authors' rotary angles; without those it is that of the variant with these widths.
+
+    Raises:
+        ValueError: `given` contradicts a shape, or the number of heads must be given.
+    """
+    angles = [state.get(f"layers.{i}.RoPE.angle") for i in range(4)]
+    ours = convert(state)
+    places = {
+        (int(m[1]), int(m[2])) for key in ours if (m := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", key))
+    }
+    first = [f"stages.{i}.blocks.0" for i in range(4)]
+    dims = [ours[f"{block}.mlp.fc2.weight"].shape[0] for block in first]
+    seen: dict[str, Any] = dict(
+        in_chans=ours["stem.0.conv.weight"].shape[1],
+        num_classes=ours["head.fc.weight"].shape[0] if "head.fc.weight" in ours else 0,
+        depths=[sum(stage == i for stage, _ in places) for i in range(4)],
+        dims=dims,
+        mlp_ratios=[
+            ours[f"{block}.mlp.fc2.weight"].shape[1] / dim for block, dim in zip(first, dims, strict=True)
+        ],
+        proj_dim=ours["norm.conv.weight"].shape[0],
+    )
+    for name in seen.keys() & given.keys():
+        if _plain(given[name]) != _plain(seen[name]):
+            raise ValueError(f"{name} is {_plain(seen[name])} in this checkpoint, got {_plain(given[name])}")
+    like = next(
+        (v for v in variants.values() if all(_plain(v[n]) == seen[n] for n in ("dims", "depths"))), {}
+    )
+    if all(angle is not None for angle in angles):
+        seen["num_heads"] = [dim // (2 * len(angle)) for dim, angle in zip(dims, angles, strict=True)]
+    elif "num_heads" in like:
+        seen["num_heads"] = _plain(like["num_heads"])
+    elif "num_heads" not in given:
+        raise ValueError("the number of heads shows in no shape; pass num_heads=, such as (1, 2, 4, 8)")
+    start = like.get("layer_scale", (1.0,) * 4)
+    deployed = "stem.0.norm.weight" not in ours
+    seen["layer_scale"] = [
+        value if deployed or f"{block}.scale1.gamma" in ours else None
+        for value, block in zip(start, first, strict=True)
+    ]
+    return {**seen, **given, **({"deployed": True} if deployed else {})}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
