@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visionhybrid.kernels.precision import wide
+
 
 @dataclass(frozen=True)
 class Merging:
@@ -76,8 +78,9 @@ def rank(metric: Tensor, grid: Sequence[int], cell: Sequence[int]) -> Ranking:
     # A stable sort keeps raster order and, unlike nonzero, has a shape that is known beforehand.
     tokens = first.flatten().logical_not().to(torch.int8).argsort(stable=True)
     destinations, sources = tokens.tensor_split([cells(grid, cell)])
-    unit = F.normalize(metric, dim=-1)
-    likeness, into = (unit[:, sources] @ unit[:, destinations].mT).max(-1)
+    with torch.autocast(metric.device.type, enabled=False):  # rounded cosines would tie
+        unit = F.normalize(wide(metric), dim=-1)
+        likeness, into = (unit[:, sources] @ unit[:, destinations].mT).max(-1)
     order = likeness.argsort(dim=-1, descending=True)
     return Ranking(sources[order], into.gather(1, order), destinations.expand(len(metric), -1))
 
