@@ -107,6 +107,36 @@ def test_a_repository_that_cannot_be_fetched_says_what_to_fetch():
         visionhybrid.attach(tiny.unet(), "linfusion", weights="Yuanshi/LinFusion-1-5")
 
 
+@pytest.mark.parametrize("name", [name for name in list_cases() if name.startswith("agentsd_block_")])
+def test_agents_get_the_blocks_input(name):
+    """The authors' block, as diffusers' own block inside a UNet: tokens are ranked by what comes before its norm."""
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    case = load_case(name)
+    kwargs, x = case.facts["kwargs"], case.input("x")
+    around = Transformer2DModel(
+        kwargs["heads"],
+        kwargs["dim"] // kwargs["heads"],
+        kwargs["dim"],
+        norm_num_groups=8,
+        cross_attention_dim=kwargs["ctx"],
+    ).eval()
+    around.transformer_blocks[0].load_state_dict(case.state_dict(), strict=True)
+    around.norm = around.proj_in = around.proj_out = torch.nn.Identity()
+    unet = tiny.unet()
+    unet.down_blocks[0].attentions[0] = around
+    options = dict(
+        ratio=kwargs["ratio"], agent_ratio=kwargs["agent_ratio"], cell=[kwargs["sy"], kwargs["sx"]]
+    )
+    visionhybrid.attach(unet, "agent", layers=DOWN, **options)
+    seen = []
+    unet.get_submodule(DOWN).register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        y = around(x, encoder_hidden_states=case.input("context"), return_dict=False)[0] - x
+    case.check("attn1", seen[0])
+    case.check("y", y.flatten(2).mT)
+
+
 # ---- attach, detach, describe ----------------------------------------------------------------------------------------
 
 

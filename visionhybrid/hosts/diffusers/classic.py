@@ -3,11 +3,13 @@
 The grid. `Transformer2DModel`, `DiTTransformer2DModel` and `PixArtTransformer2DModel` take a (B, C, H, W) map and hand
 `cross_attention_kwargs` down to every attention. A hook on them adds the map's sides to that dictionary; a hook on attention
 without a mixer takes it out again, since diffusers warns of keywords that a processor does not name. So the grid is an argument:
-exact for any H and W, the same when a checkpointed block runs again, and nothing remains on the model.
+exact for any H and W, the same when a checkpointed block runs again, and nothing remains on the model. A mixer that ranks tokens
+by the block's input before its norm (`metric`) gets that in the same way, from a hook on the block.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -51,8 +53,13 @@ class MixerProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         grid: tuple[int, ...] | None = None,
+        metric: Tensor | None = None,
     ) -> Tensor:
-        """(B, N, C), or a map (B, C, H, W), to the same shape. `grid` is (H, W) of the N tokens."""
+        """(B, N, C), or a map (B, C, H, W), to the same shape.
+
+        Args:
+            grid: (H, W) of the N tokens. metric: the block's input before its norm, (B, N, C), for mixers that take it.
+        """
         mixer, name = attn.mixer, attn.mixer.about.name
         if attention_mask is not None:
             raise ValueError(f"{name}: cannot honour a bias on softmax logits, which attention_mask is here")
@@ -78,7 +85,8 @@ class MixerProcessor:
         q, k, v = (y.unflatten(2, (attn.heads, -1)).transpose(1, 2) for y in projected)  # (B, heads, N, D)
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
-        out = mixer(q, k, v, grid=grid).transpose(1, 2).flatten(2)
+        extra = {} if metric is None else {"metric": metric}
+        out = mixer(q, k, v, grid=grid, **extra).transpose(1, 2).flatten(2)
 
         for layer in attn.to_out:
             out = layer(out)
@@ -130,6 +138,8 @@ def _reason(name: str, attn: Attention, owner: nn.Module) -> str | None:
         return "grouped keys: fewer heads for keys than for queries"
     if attn.is_causal:
         return "causal attention"
+    if attn.scale != (attn.inner_dim // attn.heads) ** -0.5:
+        return f"its logits are scaled by {attn.scale}"
     if processor not in PLAIN and not own:
         return f"its processor {processor} does more than softmax attention, and a mixer would undo that"
     return None
@@ -162,20 +172,27 @@ def _transformer_layers(model: nn.Module, size: SampleSize) -> list[Layer]:
 
 
 def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
-    """Tell the grid to attention under `names` from the modules that see the map; see the top of this file."""
+    """Tell attention under `names` what the modules around it see; see the top of this file."""
     handles = []
     for name, module in model.named_modules():
         position = next((place for cls, place in _KWARGS_AT.items() if isinstance(module, cls)), None)
+        hook = None
         if position is not None:
             hook = partial(_add_grid, patch=_patch(module), position=position)
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        elif isinstance(module, BasicTransformerBlock) and f"{name}.attn1" in names:
+            mixer = module.attn1.get_submodule("mixer")
+            hook = _add_metric if "metric" in inspect.signature(mixer.forward).parameters else None
         elif isinstance(module, Attention) and name not in names:
-            handles.append(module.register_forward_pre_hook(_drop_grid, with_kwargs=True))
+            hook = _drop
+        if hook is not None:
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     return handles
 
 
 # class -> place of cross_attention_kwargs among the arguments of its forward
 _KWARGS_AT = {Transformer2DModel: 5, DiTTransformer2DModel: 3, PixArtTransformer2DModel: 4}
+_KWARGS_OF_BLOCK = 5
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def _patch(module: Any) -> int:
@@ -187,24 +204,27 @@ def _patch(module: Any) -> int:
 
 def _add_grid(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, patch: int, position: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+) -> Arguments:
     sample = args[0] if args else kwargs["hidden_states"]
     if sample.ndim != 4:  # discrete latents come as (B, N)
         return args, kwargs
-    grid = {"grid": (sample.shape[2] // patch, sample.shape[3] // patch)}
+    return _add(args, kwargs, position, grid=(sample.shape[2] // patch, sample.shape[3] // patch))
+
+
+def _add_metric(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    return _add(args, kwargs, _KWARGS_OF_BLOCK, metric=args[0] if args else kwargs["hidden_states"])
+
+
+def _add(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, **extra: Any) -> Arguments:
+    """`extra` added to a copy of cross_attention_kwargs, wherever that is."""
     if len(args) > position:
-        given = {**(args[position] or {}), **grid}
-        return (*args[:position], given, *args[position + 1 :]), kwargs
-    return args, {
-        **kwargs,
-        "cross_attention_kwargs": {**(kwargs.get("cross_attention_kwargs") or {}), **grid},
-    }
+        return (*args[:position], {**(args[position] or {}), **extra}, *args[position + 1 :]), kwargs
+    given = kwargs.get("cross_attention_kwargs") or {}
+    return args, {**kwargs, "cross_attention_kwargs": {**given, **extra}}
 
 
-def _drop_grid(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {key: value for key, value in kwargs.items() if key != "grid"}
+def _drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    return args, {key: value for key, value in kwargs.items() if key not in ("grid", "metric")}
 
 
 def _family(layers: Callable[[nn.Module, SampleSize], list[Layer]], *models: str) -> Family:
