@@ -8,7 +8,7 @@ from golden import load_case
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from visionhybrid.kernels.linear_attention import arguments, eager, linear_attention
+from visionhybrid.kernels.linear_attention import FEATURE_MAPS, NORMS, arguments, eager, linear_attention
 
 BACKENDS = ("reference", "eager")
 
@@ -145,6 +145,28 @@ class Largest(TorchDispatchMode):
         if isinstance(out, torch.Tensor) and not function.is_view:
             self.elements = max(self.elements, out.numel())
         return out
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_exports_as_plain_operations_that_equal_the_reference(feature_map, norm):
+    q, k, v, q_rotated, k_rotated = (
+        torch.rand(2, 3, n, d) for n, d in ((5, 8), (7, 8), (7, 4), (5, 8), (7, 8))
+    )
+    keep = torch.rand(2, 7) < 0.6
+    keep[0] = False
+    options = dict(feature_map=feature_map, norm=norm, key_mask=keep, scale=0.7)
+    if norm != "none":
+        options["rotated"] = (q_rotated, k_rotated)
+
+    class Call(torch.nn.Module):
+        def forward(self, q, k, v):
+            return linear_attention(q, k, v, **options)
+
+    program = torch.export.export(Call(), (q, k, v))
+    assert not [node for node in program.graph.nodes if "visionhybrid" in str(node.target)]
+    want = linear_attention(q, k, v, backend="reference", **options).float()
+    torch.testing.assert_close(program.module()(q, k, v), want, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("feature_map", ["elu", "softmax"])
