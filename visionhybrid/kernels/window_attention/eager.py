@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from visionhybrid.kernels.operators import end_of_derivatives, register
+from visionhybrid.kernels.precision import widened
 
 Pair = tuple[int, int]
 LOG2E = math.log2(math.e)
@@ -279,8 +280,7 @@ def _attention(
 @_attention.register_fake
 def _(q, k, v, bias, window, reach, shift, scale):
     B, H, W, heads, _ = q.shape
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = v.new_empty(B, H // window[0], W // window[1], heads, window[0] * window[1], dtype=wide)
+    lse = v.new_empty(B, H // window[0], W // window[1], heads, window[0] * window[1], dtype=widened(q))
     return v.new_empty(v.shape), lse
 
 
