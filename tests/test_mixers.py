@@ -213,6 +213,24 @@ def test_what_replaces_softmax_is_cheaper_at_length(sample):
     assert mixer.cost(grid=(256, 256)).macs < softmax.cost(grid=(256, 256)).macs / 2
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "side"),
+    [
+        ("softmax", {}, None),
+        # 2 N C (D + 1) + 4 N C M < 2 N^2 C where N > D + 1 + 2 M
+        ("linfusion", {}, 37),
+        ("linfusion", dict(mid_dim=40), 13),
+        ("linear", {}, 9),
+        ("window", dict(window_size=8), 9),
+        ("neighborhood", dict(kernel_size=13), 14),
+        ("clear", dict(radius=8), 14),  # 193 tokens in the disc
+    ],
+)
+def test_crossover(name, options, side):
+    mixer = mixers.create(name, dim=640, heads=10, head_dim=64, **options)
+    assert mixers.crossover(mixer) == (None if side is None else side**2)
+
+
 def test_costs_add_and_say_a_time():
     cost = mixers.Cost(macs=6, bytes=10) + mixers.Cost(macs=2, bytes=30)
     assert cost == mixers.Cost(macs=8, bytes=40)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -10,7 +11,17 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["About", "Cost", "Mixer", "attention_cost", "linear_cost", "local_cost", "per_axis", "text_rows"]
+__all__ = [
+    "About",
+    "Cost",
+    "Mixer",
+    "attention_cost",
+    "crossover",
+    "linear_cost",
+    "local_cost",
+    "per_axis",
+    "text_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -139,3 +150,19 @@ def linear_cost(tokens: int, mixer: Mixer, bytes_per: int) -> Cost:
     width = mixer.heads * mixer.head_dim
     state = width * (mixer.head_dim + 1)
     return Cost(macs=2 * tokens * state, bytes=4 * tokens * width * bytes_per + 8 * state)
+
+
+def crossover(mixer: Mixer, *, text_tokens: int = 0) -> int | None:
+    """Image tokens of the smallest square grid on which `mixer` multiplies less than softmax attention; None up to 1024 x 1024.
+
+    Networks of its own are counted. Time crosses later, since full attention runs at a machine's best speed.
+    """
+
+    def cheaper(side: int) -> bool:
+        tokens = side * side + text_tokens
+        full = attention_cost(tokens * tokens, tokens, mixer, 2)
+        return mixer.cost(grid=(side, side), text_tokens=text_tokens).macs < full.macs
+
+    sides = range(1, 1025)
+    found = bisect_left(sides, True, key=cheaper)
+    return sides[found] ** 2 if found < len(sides) else None
