@@ -231,6 +231,26 @@ def test_crossover(name, options, side):
     assert mixers.crossover(mixer) == (None if side is None else side**2)
 
 
+@pytest.mark.parametrize("mid_dim", [None, 5, -1])
+def test_linfusion_gates(mid_dim):
+    """`hidden` adds the networks' outputs to x, which it leaves alone, with the gradients of the sum."""
+    mixer = mixers.create("linfusion", dim=24, heads=2, head_dim=12, mid_dim=mid_dim, zero_init=False)
+    x = torch.randn(2, 7, 24, requires_grad=True)
+    cotangents = torch.randn(2, 2, 7, 24)
+    before = x.detach().clone()
+    want = x + mixer.to_q_(x), x + mixer.to_k_(x)
+    got = mixer.hidden(x)
+    assert torch.equal(x, before)
+    leaves = [x, *mixer.parameters()]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    grads = [torch.autograd.grad(pair, leaves, tuple(cotangents)) for pair in (got, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    fresh = mixers.create("linfusion", dim=24, heads=2, head_dim=12)
+    assert all(torch.equal(y, x) for y in fresh.hidden(x))
+
+
 def test_costs_add_and_say_a_time():
     cost = mixers.Cost(macs=6, bytes=10) + mixers.Cost(macs=2, bytes=30)
     assert cost == mixers.Cost(macs=8, bytes=40)

@@ -63,7 +63,7 @@ class LinFusion(Mixer):
 
     def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, dim) -> what goes to the projections of q and of k."""
-        return x + self.to_q_(x), x + self.to_k_(x)
+        return _gated(x, self.to_q_), _gated(x, self.to_k_)
 
     def forward(
         self,
@@ -85,6 +85,12 @@ class LinFusion(Mixer):
         mid = max(self.mid_dim, 0)
         networks = Cost(macs=4 * tokens * self.dim * mid, bytes=4 * tokens * (self.dim + mid) * bytes_per)
         return linear_cost(tokens, self, bytes_per) + networks
+
+
+def _gated(x: Tensor, network: nn.Module) -> Tensor:
+    """x + network(x), in the network's own output where that is a tensor of its own and of the same type."""
+    y = network(x)
+    return x + y if y is x or y.dtype != x.dtype else y.add_(x)
 
 
 def _network(dim: int, mid: int, zero_init: bool) -> nn.Module:
