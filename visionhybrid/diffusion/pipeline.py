@@ -36,11 +36,11 @@ class HybridDiTPipeline(DiffusionPipeline):
         transformer: HybridDiT,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
-        labels: Sequence[str] = (),
+        labels: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(labels=list(labels))
+        self.register_to_config(labels=list(labels or ()))
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
 
     def label_ids(self, names: Sequence[str | int]) -> list[int]:

@@ -82,7 +82,7 @@ def classify(
         images = list(images)
     items = [images] if isinstance(images, (str, Path, Image.Image, Tensor)) else list(images)
     names = label_names(model, labels)
-    transform, mode = _transform(model)
+    transform, mode = transform_of(model)
     if device is not None:
         model.to(device)
     was_training = model.training
@@ -122,7 +122,7 @@ def label_names(model: nn.Module, labels: Sequence[str] | None = None) -> list[s
     return [str(index) for index in range(classes)]
 
 
-def _transform(model: nn.Module) -> tuple[Callable[[Image.Image], Tensor], str]:
+def transform_of(model: nn.Module) -> tuple[Callable[[Image.Image], Tensor], str]:
     """timm's evaluation transform for `model`, and the mode of the PIL images it takes."""
     cfg: dict[str, Any] = resolve_data_config(pretrained_cfg=getattr(model, "pretrained_cfg", None) or {})
     channels = int(getattr(model, "in_chans", cfg["input_size"][0]))
@@ -150,7 +150,7 @@ def _batch(
     pixels: list[Tensor] = []
     for item in items:
         try:
-            pixels.append(transform(_pil(item).convert(mode)))
+            pixels.append(transform(pil_image(item).convert(mode)))
             found.append(None)
         except ImageError as error:
             found.append(Prediction(str(error.path), error=error.reason))
@@ -178,7 +178,7 @@ def _name(item: AnyImage, number: int) -> str:
     return str(item) if isinstance(item, (str, Path)) else f"image {number}"
 
 
-def _pil(item: AnyImage) -> Image.Image:
+def pil_image(item: AnyImage) -> Image.Image:
     """An upright 8-bit PIL image of any of the kinds `classify` takes."""
     if isinstance(item, Image.Image):
         return ImageOps.exif_transpose(item)

@@ -165,7 +165,7 @@ class Generate:
 
     def pipeline(self, model: nn.Module) -> HybridDiTPipeline:
         names = self.train_set.classes if self.config.data.num_classes else ()
-        pipe = HybridDiTPipeline(model, self.noising.scheduler(), labels=names)
+        pipe = HybridDiTPipeline(model, self.noising.scheduler(), labels=list(names))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
