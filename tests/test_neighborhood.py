@@ -171,6 +171,19 @@ def test_small_chunks_change_nothing(monkeypatch):
     close(neighborhood_attention(q, k, v, kernel_size=5), want, 1e-6)
 
 
+def test_one_table_for_all_heads():
+    """An expanded table, here a disc, gives what its copies give; its gradient is that of every head."""
+    q, k, v, cotangent = (torch.randn(2, 3, 9, 11, 4) for _ in range(4))
+    at = torch.arange(-4, 5)
+    disc = torch.zeros(9, 9).masked_fill(at[:, None] ** 2 + at**2 >= 9, float("-inf"))
+    shared = leaf(disc[None])
+    each = leaf(disc.expand(3, 9, 9).clone())
+    outs = [neighborhood_attention(q, k, v, kernel_size=5, rpb=x) for x in (shared.expand(3, 9, 9), each)]
+    close(outs[0], outs[1], 1e-6)
+    grads = [torch.autograd.grad(out, x, cotangent)[0] for out, x in zip(outs, (shared, each), strict=True)]
+    close(grads[0], grads[1].sum(0, keepdim=True), 1e-5)
+
+
 def test_compiles_without_a_break():
     q, k, v = (torch.randn(1, 2, 9, 8, 4, requires_grad=True) for _ in range(3))
     fn = torch.compile(

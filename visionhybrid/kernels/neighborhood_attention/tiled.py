@@ -22,9 +22,14 @@ BUDGET = 2_000_000  # score elements alive at a time; 8 MB in float32
 
 
 def _tile_size(axis: Axis) -> int:
-    """Queries per tile: short axes whole, else about two thirds of the kernel (measured: 7 for 11 beats 8, 10 and 14)."""
+    """Queries per tile: short axes whole, else about two thirds of the kernel (measured: 7 for 11 beats 8, 10 and 14).
+
+    With strides whole groups of queries that share a window: a tile of blocked attention then has no key too many.
+    """
     length = -(-axis.length // axis.dilation)
     target = max(2 * axis.kernel // 3, 4)
+    if axis.stride > 1:
+        return min(length, max(target // axis.stride, 1) * axis.stride)
     return length if length <= max(axis.kernel, 8) else -(-length // -(-length // target))
 
 
@@ -109,6 +114,8 @@ class Plan:
         if rpb is None:
             return torch.zeros((), dtype=dtype, device=allowed.device).where(allowed, float("-inf"))[None]
         index = self.combine("row", rows, lambda a, b, i: a * (2 * self.axes[i].kernel - 1) + b)
+        if rpb.stride(0) == 0:  # one table, expanded over the heads
+            rpb = rpb[:1]
         values = rpb.to(dtype).flatten(1).index_select(1, index.flatten()).unflatten(1, index.shape)
         return values.masked_fill_(~allowed, float("-inf"))
 
