@@ -1,4 +1,4 @@
-"""What every registered operator here shares: no autocast inside, no second derivative without a word."""
+"""What every registered operator here shares: no autocast inside, no second derivative without a word, a count of operations."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 
 def register(name: str, body: Callable[..., Any]) -> Any:
@@ -31,3 +32,11 @@ def end_of_derivatives(backward_op: Any, op: str) -> None:
         )
 
     backward_op.register_autograd(refuse)
+
+
+def count_operations(name: str) -> Callable[[Callable[..., int]], Any]:
+    """Decorates a function that gives the floating-point operations (twice the multiply-adds) of a call of `visionhybrid::name`.
+
+    It gets the operator's arguments, shapes instead of tensors, for torch's FlopCounterMode.
+    """
+    return register_flop_formula(getattr(torch.ops.visionhybrid, name))

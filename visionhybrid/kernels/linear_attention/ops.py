@@ -8,12 +8,13 @@ two and is as small as a head, so averaging and the all-reduce are ordinary PyTo
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from visionhybrid.kernels.operators import end_of_derivatives, register
+from visionhybrid.kernels.operators import count_operations, end_of_derivatives, register
 from visionhybrid.kernels.precision import widened
 
 if TYPE_CHECKING:
@@ -94,6 +95,23 @@ def define(
     apply_op.register_autograd(apply_gradient, setup_context=save_apply)
     for op in (state_backward_op, apply_backward_op):
         end_of_derivatives(op, "linear_attention")
+
+    @count_operations(prefix + "_state")
+    def _(k, v, *args, **kwargs):
+        return 2 * prod(k) * v[3]
+
+    @count_operations(prefix + "_state_backward")
+    def _(grad, k, v, *args, **kwargs):
+        return 4 * prod(k) * v[3]
+
+    @count_operations(prefix + "_apply")
+    def _(q, state, q_rotated, feature_map, normalise, *args, **kwargs):
+        return 2 * prod(q) * (state[3] if normalise else state[3] - 1)
+
+    @count_operations(prefix + "_apply_backward")
+    def _(grad, q, state, *args, **kwargs):
+        return 4 * prod(q) * state[3]
+
     return Operators(state_op, apply_op, state_backward_op, apply_backward_op)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from visionhybrid.kernels.neighborhood_attention import tiled
 from visionhybrid.kernels.neighborhood_attention.geometry import axes_of
-from visionhybrid.kernels.operators import end_of_derivatives, register
+from visionhybrid.kernels.operators import count_operations, end_of_derivatives, register
 from visionhybrid.kernels.precision import widened
 
 
@@ -187,6 +187,43 @@ for backward_op, name in (
     (aggregate_backward_op, "neighborhood_aggregate"),
 ):
     end_of_derivatives(backward_op, name)
+
+
+def _pairs(q: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int], extra: int = 0) -> int:
+    """Pairs of a query and a key: a window holds as many keys as the map has for it."""
+    sides = q[2 : 2 + len(kernel_size)]
+    window = prod(min(k, -(-side // d)) for k, side, d in zip(kernel_size, sides, dilation, strict=True))
+    return prod(q[: 2 + len(kernel_size)]) * (window + extra)
+
+
+@count_operations("neighborhood_attention")
+def _(q, k, v, rpb, k_extra, v_extra, kernel_size, dilation, *args, **kwargs):
+    return 2 * _pairs(q, kernel_size, dilation, k_extra[2] if k_extra else 0) * (q[-1] + v[-1])
+
+
+@count_operations("neighborhood_attention_backward")
+def _(grad, q, k, v, rpb, k_extra, v_extra, out, lse, rpb_learns, kernel_size, dilation, *args, **kwargs):
+    return 2 * _pairs(q, kernel_size, dilation, k_extra[2] if k_extra else 0) * (3 * q[-1] + 2 * v[-1])
+
+
+@count_operations("neighborhood_scores")
+def _(q, k, rpb, kernel_size, dilation, *args, **kwargs):
+    return 2 * _pairs(q, kernel_size, dilation) * q[-1]
+
+
+@count_operations("neighborhood_scores_backward")
+def _(grad, q, k, rpb, kernel_size, dilation, *args, **kwargs):
+    return 4 * _pairs(q, kernel_size, dilation) * q[-1]
+
+
+@count_operations("neighborhood_aggregate")
+def _(weights, v, kernel_size, dilation, *args, **kwargs):
+    return 2 * _pairs(v, kernel_size, dilation) * v[-1]
+
+
+@count_operations("neighborhood_aggregate_backward")
+def _(grad, weights, v, kernel_size, dilation, *args, **kwargs):
+    return 4 * _pairs(v, kernel_size, dilation) * v[-1]
 
 
 forward, scores, aggregate = attention_op, scores_op, aggregate_op

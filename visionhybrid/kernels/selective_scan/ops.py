@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from visionhybrid.kernels.operators import end_of_derivatives, register
+from visionhybrid.kernels.operators import count_operations, end_of_derivatives, register
 from visionhybrid.kernels.precision import widened
 
 
@@ -50,4 +51,15 @@ def define(backend: str, scan: Callable, scan_backward: Callable) -> Operators:
 
     scan_op.register_autograd(gradient, setup_context=save)
     end_of_derivatives(backward_op, "selective_scan")
+
+    @count_operations(f"selective_scan_{backend}")
+    def operations(u, delta, A, B, C, D, *args, **kwargs):
+        # Of each state the exponent, the decayed state, the input and, if it is read, the output; d u and D u once.
+        each = A[1] * (3 if C is None else 4) + (1 if D is None else 2)
+        return 2 * prod(u) * each
+
+    @count_operations(f"selective_scan_{backend}_backward")
+    def _(grad, *args, **kwargs):
+        return 2 * operations(*args)
+
     return Operators(scan_op, backward_op)

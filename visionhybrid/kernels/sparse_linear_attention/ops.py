@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from visionhybrid.kernels.operators import end_of_derivatives, register
+from visionhybrid.kernels.operators import count_operations, end_of_derivatives, register
 from visionhybrid.kernels.precision import widened
 from visionhybrid.kernels.sparse_linear_attention import linear
 from visionhybrid.kernels.sparse_linear_attention.blocks import lookup
@@ -38,6 +39,16 @@ def define(backend: str, forward: Callable[..., Any], backward: Callable[..., An
 
     op.register_autograd(gradient, setup_context=save)
     end_of_derivatives(backward_op, "sparse_linear_attention")
+
+    @count_operations(f"block_sparse_attention_{backend}")
+    def _(q, k, v, lut, mask, block_q, block_k, *args, **kwargs):
+        # As if every row had as many blocks as the longest.
+        return 2 * prod(lut) * block_q * block_k * (q[3] + v[3])
+
+    @count_operations(f"block_sparse_attention_{backend}_backward")
+    def _(grad, q, k, v, out, lse, lut, mask, block_q, block_k, *args, **kwargs):
+        return 2 * prod(lut) * block_q * block_k * (3 * q[3] + 2 * v[3])
+
     return op
 
 
