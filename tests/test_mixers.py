@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionhybrid import mixers
+from visionhybrid.mixers import window
 
 HEADS, WIDTH = 2, 12
 # A grid and its text; sides below, at and above windows, primes, one axis, video, one token.
@@ -68,6 +69,35 @@ def test_output_and_gradients_are_those_of_the_definition(sample, grid, text):
     for name, a, b in zip([*"qkv", *leaves], ours, theirs, strict=True):
         # Where one key is seen the gradient of its logit vanishes: compared on the scale of the cotangent.
         assert (a.double() - b).norm() <= 2e-5 * max(b.norm(), cotangent.norm()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("neighborhood", dict(kernel_size=[2, 3, 4], stride=[1, 1, 4], dilation=[1, 2, 1])),
+        ("neighborhood", dict(kernel_size=[None, 4, 3], causal=[True, False, False])),
+        ("window", dict(window_size=[2, 4, 3], shift=[1, 0, 2])),
+        ("window", dict(window_size=[3, 2, 4], shift=[0, 1, 2], overlap=[0.0, 1.0, 0.5])),
+    ],
+)
+def test_one_option_for_each_axis(name, options):
+    grid, text = (4, 7, 10), 3
+    definition = SAMPLES[name].definition
+    mixer = build(Sample(name=name, definition=definition, options=options))
+    q, k, v, _ = tokens(grid, text)
+    want = definition(mixer, q.double(), k.double(), v.double(), grid, text)
+    assert error(mixer(q, k, v, grid=grid, text_tokens=text), want) < 1e-5
+
+
+@pytest.mark.parametrize("options", [dict(shift=2), dict(overlap=0.5)])
+def test_windows_a_few_at_a_time(options, monkeypatch):
+    mixer = build(
+        Sample(name="window", definition=SAMPLES["window"].definition, options=dict(window_size=4, **options))
+    )
+    q, k, v, _ = tokens((22, 9), 3)
+    want = mixer(q, k, v, grid=(22, 9), text_tokens=3)
+    monkeypatch.setattr(window, "BUDGET", 1)
+    torch.testing.assert_close(mixer(q, k, v, grid=(22, 9), text_tokens=3), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
