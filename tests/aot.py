@@ -137,8 +137,46 @@ def _scan() -> Iterator[Build]:
             )
 
 
-def builds() -> list[Build]:
-    return [*_linear(), *_scan()]
+def _sparse(amd: bool) -> Iterator[Build]:
+    """Every head dim, type, mask, alignment and length of block at least once in each kernel; their product was compiled once."""
+    from visionhybrid.kernels.sparse_linear_attention import tiles
+    from visionhybrid.kernels.sparse_linear_attention import triton as sparse
+
+    cases = [
+        (16, 16, "bf16", "none", 16, 32, 16),
+        (40, 40, "fp16", "pairs", 128, 64, 8),
+        (64, 64, "bf16", "none", 128, 128, 16),
+        (64, 64, "fp32", "pairs", 64, 64, 16),
+        (72, 80, "bf16", "keys", 72, 100, 8),
+        (128, 128, "bf16", "none", 64, 64, 16),
+        (128, 128, "fp32", "keys", 128, 64, 1),
+        (160, 160, "bf16", "none", 64, 64, 16),
+        (256, 256, "bf16", "pairs", 128, 128, 1),
+        (256, 256, "fp32", "none", 64, 64, 16),
+    ]
+    for D, E, kind, mask, block_q, block_k, unit in cases:
+        size = 4 if kind == "fp32" else 2
+        if not tiles.fits(D, E, size, amd):
+            continue
+        for name, kernel in sparse.KERNELS.items():
+            constants = tiles.constants(name, D, E, block_q, block_k, mask, unit, size, amd)
+            options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
+            pointers = dict.fromkeys(("q", "k", "v", "out", "grad", "dq", "dk", "dv"), kind)
+            pointers |= {"lut": "i32", "count": "i32", "lse": "fp32", "delta": "fp32", "mask": "u8"}
+            if mask == "none":
+                constants["mask"] = None
+            yield Build(
+                name=f"sparse_linear_attention {name} {D=} {E=} {kind} {mask=} {block_q=} {block_k=} {unit=}",
+                kernel=kernel,
+                pointers={n: t for n, t in pointers.items() if n in kernel.arg_names and n not in constants},
+                constants=constants,
+                floats=("scale",),
+                options=options,
+            )
+
+
+def builds(target: GPUTarget) -> list[Build]:
+    return [*_linear(), *_scan(), *_sparse(target.backend == "hip")]
 
 
 def compiled(build: Build, target: GPUTarget) -> dict[str, Any]:
@@ -160,6 +198,7 @@ def _spilled(made: Any, target: GPUTarget) -> int:
 
 
 if __name__ == "__main__":
-    for one in builds():
-        sys.stdout.write(json.dumps(compiled(one, TARGETS[sys.argv[1]])) + "\n")
+    target = TARGETS[sys.argv[1]]
+    for one in builds(target):
+        sys.stdout.write(json.dumps(compiled(one, target)) + "\n")
         sys.stdout.flush()

@@ -65,18 +65,21 @@ def test_eager_equals_definition(data, variant, feature_map):
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="triton does not import here")
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("block_q", "block_k", "width"), [(7, 16, 5), (32, 20, 24)])
+@pytest.mark.parametrize("masked", ["none", "keys", "pairs"])
+@pytest.mark.parametrize(("block_q", "block_k", "width"), [(7, 16, 5), (32, 20, 24), (40, 72, 8)])
 def test_triton_equals_definition(block_q, block_k, width, masked):
-    """Blocks and head dims that are no powers of two, unequal lengths, rows without a key, strided inputs."""
-    q = torch.randn(1, 37, 2, width).transpose(1, 2)
-    k = torch.randn(1, 50, 2, width).transpose(1, 2)
-    v = torch.randn(1, 50, 2, 11).transpose(1, 2)
+    """Blocks and head dims that are no powers of two, blocks longer than a tile, rows without a key, strided inputs."""
+    n, m = 2 * block_q + 3, 2 * block_k + 5
+    q = torch.randn(1, n, 2, width).transpose(1, 2)
+    k = torch.randn(1, m, 2, width).transpose(1, 2)
+    v = torch.randn(1, m, 2, 11).transpose(1, 2)
     options = dict(topk=0.4, variant="sparse", block_q=block_q, block_k=block_k)
-    if masked:
-        options |= dict(mask=torch.rand(37, 50) > 0.3, key_mask=torch.rand(1, 50) > 0.2)
+    if masked != "none":
+        options["key_mask"] = torch.rand(1, m) > 0.2
+    if masked == "pairs":
+        options["mask"] = torch.rand(n, m) > 0.3
         options["mask"][3] = False
-    cotangent = torch.randn(1, 2, 37, 11)
+    cotangent = torch.randn(1, 2, n, 11)
     results = {}
     for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
         leaves = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]

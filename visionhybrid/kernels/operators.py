@@ -15,8 +15,9 @@ def register(name: str, body: Callable[..., Any]) -> Any:
 
     @wraps(body)
     def without_autocast(*args: Any) -> Any:
-        # Autocast reaches into an operator and would round the float32 sums inside.
-        with torch.autocast(args[0].device.type, enabled=False):
+        # Autocast reaches into an operator and would round the float32 sums inside; Triton launches on the current GPU,
+        # whichever holds the tensors.
+        with torch.autocast(args[0].device.type, enabled=False), torch.cuda.device_of(args[0]):
             return body(*args)
 
     schema = torch.library.infer_schema(body, mutates_args=())
