@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -87,6 +88,27 @@ def test_one_option_for_each_axis(name, options):
     q, k, v, _ = tokens(grid, text)
     want = definition(mixer, q.double(), k.double(), v.double(), grid, text)
     assert error(mixer(q, k, v, grid=grid, text_tokens=text), want) < 1e-5
+
+
+@pytest.mark.parametrize("grid", [(43, 3), (17, 3, 2)])
+@each_sample
+def test_rows_and_their_halo_give_the_rows(sample, grid):
+    """What ranks that hold slabs of the grid rely on."""
+    mixer, text = build(sample), 3
+    halo = mixer.halo(grid)
+    if halo is None:  # every token, or a state of all: not for the halo of a neighbour
+        assert sample.name in ("softmax", "linfusion", "linear", "sla", "agent") or mixer.down > 1
+        return
+    row = prod(grid[1:])
+    qkv = tokens(grid, text)[:3]
+    want = mixer(*qkv, grid=grid, text_tokens=text)[:, :, text:]
+    cuts = [0, 1, grid[0] // 3, grid[0] // 2, grid[0] // 2 + 1, grid[0]]
+    for first, last in pairwise(cuts):
+        start, stop = halo.around(first, last, grid[0])
+        part = [torch.cat([x[:, :, :text], x[:, :, text + start * row : text + stop * row]], 2) for x in qkv]
+        got = mixer(*part, grid=(stop - start, *grid[1:]), text_tokens=text)[:, :, text:]
+        own = slice((first - start) * row, (last - start) * row)
+        torch.testing.assert_close(got[:, :, own], want[:, :, first * row : last * row])
 
 
 @pytest.mark.parametrize("options", [dict(shift=2), dict(overlap=0.5)])
@@ -218,20 +240,28 @@ def test_cost_grows_with_the_grid(sample):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "text", "options"),
     [
-        ("softmax", {}),
-        ("window", dict(window_size=4)),
-        ("window", dict(window_size=8, overlap=0.5)),
-        ("agent", {}),
+        ("softmax", 5, {}),
+        ("window", 5, dict(window_size=4)),
+        ("window", 0, dict(window_size=8, overlap=0.5)),
+        ("agent", 5, {}),
+        ("neighborhood", 5, dict(kernel_size=5, dilation=2)),
+        ("linear", 5, {}),
+        ("linear", 0, dict(conv=3)),
+        ("linfusion", 5, dict(mid_dim=7)),
+        ("sla", 0, dict(block_q=16, block_k=8)),
+        ("sla", 16, dict(block_q=16, block_k=8)),
     ],
 )
-def test_cost_is_what_pytorch_counts(name, options):
+def test_cost_is_what_pytorch_counts(name, text, options):
     mixer = build(Sample(name=name, definition=None, options=options))
-    *qkv, _ = tokens((16, 24), 5, batch=1)
+    *qkv, _ = tokens((16, 24), text, batch=1)
     with FlopCounterMode(display=False) as counter:
-        mixer(*qkv, grid=(16, 24), text_tokens=5)
-    assert counter.get_total_flops() == 2 * mixer.cost(grid=(16, 24), text_tokens=5).macs
+        mixer(*qkv, grid=(16, 24), text_tokens=text)
+        if hasattr(mixer, "hidden"):
+            mixer.hidden(torch.randn(1, 16 * 24 + text, HEADS * WIDTH))
+    assert counter.get_total_flops() == 2 * mixer.cost(grid=(16, 24), text_tokens=text).macs
 
 
 @each_mixer

@@ -17,7 +17,7 @@ from visionhybrid.mixers import (  # noqa: F401  (each file registers its mixer)
     softmax,
     window,
 )
-from visionhybrid.mixers.base import About, Cost, Mixer, crossover
+from visionhybrid.mixers.base import About, Cost, Halo, Mixer, crossover
 from visionhybrid.mixers.registry import about, create, list_mixers
 
-__all__ = ["About", "Cost", "Mixer", "about", "create", "crossover", "list_mixers"]
+__all__ = ["About", "Cost", "Halo", "Mixer", "about", "create", "crossover", "list_mixers"]

@@ -41,9 +41,9 @@ def agent_attention(
         own: values of the queries' own tokens (B, heads, n, D), default v.
         scale: default D ** -0.5.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if 2 * agents.shape[2] >= q.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     summary = F.scaled_dot_product_attention(agents, k, v, scale=scale)
     out = F.scaled_dot_product_attention(q, agents, summary, scale=scale**sharpness)
     return out + shortcut * (v if own is None else own)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 __all__ = [
     "About",
     "Cost",
+    "Halo",
     "Mixer",
     "attention_cost",
     "crossover",
@@ -37,6 +38,21 @@ class Cost:
     def seconds(self, macs_per_second: float, bytes_per_second: float) -> float:
         """The roofline's bound: arithmetic or memory, whichever is slower."""
         return max(self.macs / macs_per_second, self.bytes / bytes_per_second)
+
+
+@dataclass(frozen=True)
+class Halo:
+    """What image tokens of some rows need beside those rows. Rows are places on the grid's first axis."""
+
+    rows: int  # before and after
+    multiple: int = (
+        1  # of which the first row taken must be one, so that cuts between windows stay where they are
+    )
+
+    def around(self, first: int, last: int, side: int) -> tuple[int, int]:
+        """The rows `start <= y < stop` whose tokens give rows `first <= y < last` of `side` exactly."""
+        start = max(0, first - self.rows) // self.multiple * self.multiple
+        return start, min(side, last + self.rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +110,14 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def halo(self, grid: Sequence[int]) -> Halo | None:
+        """How far image tokens see along the grid's first axis; None where they need all of it.
+
+        A rank that holds some rows asks its neighbours for no more: mixing the rows `halo.around(...)` and keeping its own gives
+        what mixing the whole grid gives. (Text tokens still need everything.)
+        """
+        return None
+
     def check(self, q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int], text_tokens: int) -> None:
         """ValueError unless the operands agree with each other, with the grid and with this mixer."""
         name, about = self.about.name, self.about
@@ -145,11 +169,11 @@ def local_cost(image: int, text: int, keys: int, mixer: Mixer, bytes_per: int) -
     return attention_cost(pairs, tokens, mixer, bytes_per)
 
 
-def linear_cost(tokens: int, mixer: Mixer, bytes_per: int) -> Cost:
-    """Linear attention: one D x (D + 1) state a head, made and applied once."""
-    width = mixer.heads * mixer.head_dim
-    state = width * (mixer.head_dim + 1)
-    return Cost(macs=2 * tokens * state, bytes=4 * tokens * width * bytes_per + 8 * state)
+def linear_cost(queries: int, keys: int, mixer: Mixer, bytes_per: int) -> Cost:
+    """Linear attention: one D x D state and its normaliser a head, made from the keys and applied to the queries."""
+    width, D = mixer.heads * mixer.head_dim, mixer.head_dim
+    moved = 2 * (queries + keys) * width * bytes_per
+    return Cost(macs=keys * width * D + queries * width * (D + 1), bytes=moved + 8 * width * (D + 1))
 
 
 def crossover(mixer: Mixer, *, text_tokens: int = 0) -> int | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from visionhybrid.kernels.neighborhood_attention import neighborhood_attention
-from visionhybrid.mixers.base import Cost, Mixer, local_cost, text_rows
+from visionhybrid.mixers.base import Cost, Halo, Mixer, local_cost, text_rows
 from visionhybrid.mixers.registry import register
 
 
@@ -107,6 +107,9 @@ class Clear(Mixer):
                 x = x.index_select(axis, index)
         x = x.unflatten(-2, (-1, self.down)).unflatten(-4, (-1, self.down))
         return torch.einsum("bh...yixjd,ij->bh...yxd", x, self.spatial_weight.to(x.dtype)).flatten(2, -2)
+
+    def halo(self, grid: Sequence[int]) -> Halo | None:
+        return Halo(rows=ceil(self.radius) - 1) if self.down == 1 else None
 
     def cost(self, *, grid: Sequence[int], text_tokens: int = 0, bytes_per: int = 2) -> Cost:
         reach = range(1 - ceil(self.radius), ceil(self.radius))

@@ -73,6 +73,10 @@ class Linear(Mixer):
         key_mask: Tensor | None = None,
     ) -> Tensor:
         self.check(q, k, v, grid, text_tokens)
+        if self.conv is not None and self.group is not None:
+            raise ValueError(
+                "linear: with a convolution the sequence cannot be shared by ranks, conv must be 0"
+            )
         out = linear_attention(
             q,
             k,
@@ -91,7 +95,8 @@ class Linear(Mixer):
         return torch.cat([text, image + self.conv(v[:, :, text_tokens:], grid)], 2)
 
     def cost(self, *, grid: Sequence[int], text_tokens: int = 0, bytes_per: int = 2) -> Cost:
-        cost = linear_cost(text_tokens + prod(grid), self, bytes_per)
+        tokens = text_tokens + prod(grid)
+        cost = linear_cost(tokens, tokens, self, bytes_per)
         if self.conv is None:
             return cost
         width = self.heads * self.head_dim

@@ -84,7 +84,7 @@ class LinFusion(Mixer):
         tokens = text_tokens + prod(grid)
         mid = max(self.mid_dim, 0)
         networks = Cost(macs=4 * tokens * self.dim * mid, bytes=4 * tokens * (self.dim + mid) * bytes_per)
-        return linear_cost(tokens, self, bytes_per) + networks
+        return linear_cost(tokens, tokens, self, bytes_per) + networks
 
 
 def _gated(x: Tensor, network: nn.Module) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from visionhybrid.kernels.neighborhood_attention import neighborhood_attention
-from visionhybrid.mixers.base import Cost, Mixer, local_cost, per_axis, text_rows
+from visionhybrid.mixers.base import Cost, Halo, Mixer, local_cost, per_axis, text_rows
 from visionhybrid.mixers.registry import register
 
 
@@ -76,6 +76,10 @@ class Neighborhood(Mixer):
         if not text_tokens:
             return image
         return torch.cat([text_rows(q, k, v, text_tokens, self.scale), image], 2)
+
+    def halo(self, grid: Sequence[int]) -> Halo:
+        size, stride, dilation, _ = (values[0] for values in self._windows(grid).values())
+        return Halo(rows=(size + stride) * dilation, multiple=stride * dilation)
 
     def cost(self, *, grid: Sequence[int], text_tokens: int = 0, bytes_per: int = 2) -> Cost:
         given = self._windows(grid)

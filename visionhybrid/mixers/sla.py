@@ -130,7 +130,7 @@ class SparseLinear(Mixer):
         choice = Cost(macs=blocks_q * blocks_k * width, bytes=0)
         projection = Cost(macs=image * width * self.head_dim, bytes=0)
         sparse = local_cost(image, text_tokens, keys, self, bytes_per)
-        return sparse + choice + projection + linear_cost(image + text_tokens, self, bytes_per)
+        return sparse + choice + projection + linear_cost(image, image + text_tokens, self, bytes_per)
 
 
 class _Projection(nn.Linear):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visionhybrid.mixers.base import Cost, Mixer, local_cost, per_axis, text_rows
+from visionhybrid.mixers.base import Cost, Halo, Mixer, local_cost, per_axis, text_rows
 from visionhybrid.mixers.registry import register
 
 # Elements of gathered keys alive at a time where no gradient keeps them.
@@ -103,6 +103,10 @@ class Window(Mixer):
         if not text_tokens:
             return image
         return torch.cat([text_rows(q, k, v, text_tokens, self.scale), image], 2)
+
+    def halo(self, grid: Sequence[int]) -> Halo:
+        first = self.axes(grid)[0]
+        return Halo(rows=first.keys, multiple=first.window)
 
     def cost(self, *, grid: Sequence[int], text_tokens: int = 0, bytes_per: int = 2) -> Cost:
         return local_cost(prod(grid), text_tokens, prod(a.keys for a in self.axes(grid)), self, bytes_per)
