@@ -4,7 +4,7 @@ Source: Zhang et al., arXiv:2509.24006; thu-ml/SLA branch `main` @d973e55 and br
 forms are three operators: `main` (linear part over all keys), `v1` (over every block that is not critical) and `paper` (over
 the marginal blocks only, the lowest `negligible` share dropped; in no public code).
 Differences: at least one critical block per row (the authors' code gives NaN at none), any length and head dim, query and key
-lengths may differ, a key padding mask, states in float32.
+lengths may differ, a key padding mask, states in float32, a sequence over several processes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from visionhybrid.kernels.dispatch import pick
 from visionhybrid.kernels.precision import autocast
@@ -53,10 +54,15 @@ def arguments(
     key_mask: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Any, ...]:
     """The checked, complete arguments that every backend takes; blocks are chosen here, without gradient."""
     q, k, v = autocast(q, k, v)
     _check(q, k, v, topk, negligible, variant, feature_map, block_q, block_k, key_mask, mask)
+    if group is not None and variant == "sparse":
+        raise ValueError(
+            "sparse_linear_attention: group concerns the linear part, and variant 'sparse' has none"
+        )
     m, n = -(-q.shape[2] // block_q), -(-k.shape[2] // block_k)
     width = 0
     if block_map is None:
@@ -74,7 +80,7 @@ def arguments(
         block_map = block_map.to(torch.int8).expand(q.shape[0], q.shape[1], m, n)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     see = _token_mask(key_mask, mask)
-    return q, k, v, block_map, width, key_mask, see, block_q, block_k, feature_map, variant, scale
+    return q, k, v, block_map, width, key_mask, see, block_q, block_k, feature_map, variant, scale, group
 
 
 def sparse_linear_attention(
@@ -92,6 +98,7 @@ def sparse_linear_attention(
     key_mask: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
+    group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> SparseLinear:
     """sparse = softmax over critical blocks of (scale * q k^T) v;  linear = phi(q) H / (phi(q) z), H and z by `variant`.
@@ -109,7 +116,11 @@ def sparse_linear_attention(
         key_mask: (B, Lk) bool, True for real keys; others leave ranking, softmax and states.
         mask: (Lq, Lk) bool over tokens, for windows inside critical blocks (give `block_map=blocks_of(mask)` too).
         scale: default D ** -0.5.
-        backend: "auto", "eager" or "reference" (float64, dense).
+        group: the sequence is sharded over these ranks: q, k, v, key_mask, block_map and mask are this rank's (any number of
+            tokens). The linear part runs over the keys of all ranks: one all-reduce of heads x D x (E + 1) numbers forward,
+            one backward, whatever the length. The sparse part and the ranking see this rank's keys only, so `topk` is a share
+            of those: to one process it is as if the blocks of other ranks were marginal.
+        backend: "auto", "eager", "triton" or "reference" (float64, dense, one process).
     Returns: `SparseLinear`; a query that sees no key gets zero in that branch.
     Raises: ValueError naming the argument, its value and what is expected.
     """
@@ -127,6 +138,7 @@ def sparse_linear_attention(
         key_mask=key_mask,
         mask=mask,
         scale=scale,
+        group=group,
     )
     return SparseLinear(*pick("sparse_linear_attention", BACKENDS, backend, args).forward(*args), args[3])
 

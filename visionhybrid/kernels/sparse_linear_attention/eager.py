@@ -17,4 +17,4 @@ def unsupported(*args: Any) -> str | None:
 
 
 def forward(*args: Any) -> tuple[Tensor, Tensor | None]:
-    return run(SPARSE, *args)
+    return run(SPARSE, "eager", *args)

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from visionhybrid.kernels.linear_attention import linear_attention
 from visionhybrid.kernels.operators import count_operations, end_of_derivatives, register
 from visionhybrid.kernels.precision import widened
 from visionhybrid.kernels.sparse_linear_attention import linear
@@ -66,6 +68,7 @@ def _(block_map, width):
 
 def run(
     sparse: Any,
+    backend: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -78,9 +81,13 @@ def run(
     feature_map: str,
     variant: str,
     scale: float,
+    group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Both branches: `sparse` is what `define` gave, the linear branch is plain PyTorch on every device."""
+    """Both branches: `sparse` is what `define` gave. The linear branch of "main" is linear attention over all keys."""
     out, _ = sparse(q, k, v, lookup_op(block_map, width), mask, block_q, block_k, scale)
     if variant == "sparse":
         return out, None
-    return out, linear.forward(q, k, v, block_map, key_mask, block_q, block_k, feature_map, variant)
+    if variant == "main":
+        options = dict(feature_map=feature_map, norm="sana", eps=linear.EPS_MAIN, key_mask=key_mask)
+        return out, linear_attention(q, k, v, **options, group=group, backend=backend)
+    return out, linear.forward(q, k, v, block_map, key_mask, block_q, block_k, feature_map, group)

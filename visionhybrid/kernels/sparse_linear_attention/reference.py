@@ -10,7 +10,7 @@ from visionhybrid.kernels.sparse_linear_attention.linear import EPS_MAIN, featur
 
 
 def unsupported(*args: object) -> str | None:
-    return None
+    return None if args[-1] is None else "knows one process, group must be None"
 
 
 def _tokens(block_map: Tensor, q: Tensor, k: Tensor, block_q: int, block_k: int) -> Tensor:
@@ -73,6 +73,7 @@ def forward(
     feature_map: str,
     variant: str,
     scale: float,
+    group: None,
 ) -> tuple[Tensor, Tensor | None]:
     out = _sparse(q, k, v, block_map, mask, block_q, block_k, scale)
     if variant == "sparse":

@@ -324,4 +324,4 @@ SPARSE = define("triton", sparse_forward, sparse_backward)
 
 
 def forward(*args: Any) -> tuple[Tensor, Tensor | None]:
-    return run(SPARSE, *args)
+    return run(SPARSE, "triton", *args)
