@@ -18,7 +18,7 @@ from torch import Tensor
 
 from visionhybrid.kernels.dispatch import pick
 from visionhybrid.kernels.precision import autocast
-from visionhybrid.kernels.selective_scan import eager, reference
+from visionhybrid.kernels.selective_scan import eager, plain, reference
 from visionhybrid.kernels.shapes import Float, checked
 
 BACKENDS: dict[str, Any] = {"reference": reference, "eager": eager}
@@ -109,7 +109,8 @@ def selective_scan(
         delta_softplus: without it d is delta + delta_bias as given, and may be negative.
         reverse: run from the last token to the first; one for all, or one for each group. The four scans of a cross-scan are
             one call with four groups, the reversed two sharing u, delta, B, C with their partners in token order.
-        backend: "auto", "eager", "triton", or "reference" (float64, one step per token, differentiable twice).
+        backend: "auto", "eager", "triton", or "reference" (float64, one step per token, differentiable twice). For ONNX
+            "auto" takes `plain.py`.
     Returns: y (batch, channels, L) in the dtype of u; without C the states h (batch, channels, N, L), float32 for half
         precision. Steps, decays and states are float32 throughout (float64 for float64): h sums hundreds of tokens.
         Under autocast u, delta, B, C are cast to its type first.
@@ -118,4 +119,6 @@ def selective_scan(
     args = arguments(
         u, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=delta_softplus, reverse=reverse
     )
+    if backend == "auto" and torch.onnx.is_in_onnx_export():
+        return plain.forward(*args)
     return pick("selective_scan", BACKENDS, backend, args).forward(*args)
