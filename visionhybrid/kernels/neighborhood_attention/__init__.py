@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from visionhybrid.kernels.dispatch import pick
-from visionhybrid.kernels.neighborhood_attention import eager, reference
+from visionhybrid.kernels.neighborhood_attention import eager, plain, reference
 from visionhybrid.kernels.precision import autocast
 
 Ints = int | Sequence[int]
@@ -120,6 +121,8 @@ def neighborhood_scores(
     kernel, dil = _sizes(op, "kernel_size", kernel_size, n), _sizes(op, "dilation", dilation, n)
     _check_rpb(op, rpb, q, kernel)
     args = (q, k, rpb, kernel, dil, float(scale))
+    if backend == "auto" and torch.onnx.is_in_onnx_export():
+        return plain.scores(*args)
     return pick(op, BACKENDS, backend, args).scores(*args)
 
 
@@ -140,6 +143,8 @@ def neighborhood_aggregate(
     if tuple(weights.shape) != wanted:
         raise ValueError(f"{op}: weights must be {wanted}, got {tuple(weights.shape)}")
     args = (weights, v, kernel, dil)
+    if backend == "auto" and torch.onnx.is_in_onnx_export():
+        return plain.aggregate(*args)
     return pick(op, BACKENDS, backend, args).aggregate(*args)
 
 
@@ -174,7 +179,12 @@ def _check_extra(op: str, q: Tensor, v: Tensor, keys: Tensor | None, values: Ten
 
 
 def _sizes(op: str, name: str, value: Ints, n: int) -> list[int]:
-    sizes = [value] * n if isinstance(value, int) else [int(v) for v in value]
+    # An exported map's sides, and a dilation that follows them, are symbols: `int` would fix them.
+    sizes = (
+        [value] * n
+        if isinstance(value, int)
+        else [v if isinstance(v, torch.SymInt) else int(v) for v in value]
+    )
     if len(sizes) != n or min(sizes) < 1:
         raise ValueError(f"{op}: {name} needs {n} positive integers, got {value}")
     return sizes
