@@ -102,14 +102,14 @@ class Count(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.made = 0  # bytes alive, most alive at once, made in all
         self._known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _is_strided(t)}
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            if _is_strided(tensor):
                 self._add(tensor.untyped_storage(), given)
         return out
 
@@ -119,6 +119,7 @@ class Count(TorchDispatchMode):
             return
         size = storage.nbytes()
         self.now += size
+        self.made += size
         self.peak = max(self.peak, self.now)
 
         def freed(_, key=key, size=size):
@@ -126,3 +127,8 @@ class Count(TorchDispatchMode):
             del self._known[key]
 
         self._known[key] = weakref.ref(storage, freed)
+
+
+def _is_strided(leaf: object) -> bool:
+    """Whether it has a storage to ask: oneDNN's packed weights have none."""
+    return isinstance(leaf, Tensor) and leaf.layout is torch.strided
