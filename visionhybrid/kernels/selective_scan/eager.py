@@ -1,28 +1,33 @@
 """The selective scan in plain PyTorch: the CPU path.
 
-Two levels. The L tokens of a channel are n blocks of Q; Q steps run the blocks of many channels side by side and also
-build the products of the decays inside a block, a logarithmic scan over the n block ends gives what enters each block,
-and one multiply-add brings it in. About 2 sqrt(L) calls, and only products of decays: nothing is divided.
+Tokens lie as planes (RADIX, ..., n): token i * RADIX + j is element i of plane j, so that a step from one plane to the next
+is one contiguous operation for n blocks at once. The steps leave in the last plane what each block ends with, which is the
+same problem RADIX times shorter and is solved the same way; one multiply-add brings into each block what enters it. About
+2 RADIX log(L) calls, three multiply-adds an element, and only products of decays: nothing is divided.
 
-Channels pass in chunks. A chunk lies as (Q, N, batch, channel, n), so that a step is one contiguous stretch. The backward
-pass computes the states again from the inputs and runs the same scan the other way.
+Exponentials are taken to base 2, as in the authors' kernel: PyTorch's exp2 runs vectorised on every CPU and is four times as
+fast as its exp on some. The backward pass computes the states again from the inputs and runs the same scan the other way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from math import ceil, isqrt, prod
+from math import ceil, e, log2, prod
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from visionhybrid.kernels.precision import widened
 from visionhybrid.kernels.selective_scan import ops
 
-# States of one chunk (channels x tokens x N): 4 MB in float32, of which a handful stay in a 32 MB L3.
+# States worked on at once (channels x tokens x N): 4 MB in float32, of which a handful stay in a 32 MB L3.
 CHUNK = 2**20
+# Tokens of a block. Reading every eighth number costs PyTorch a quarter of reading every sixteenth; a smaller radix has more
+# levels.
+RADIX = 8
+# log2(1 + 2^x) is x to the last bit of a float64 from here on.
+LINEAR = 64.0
 
 
 class Space:
@@ -39,111 +44,154 @@ class Space:
         return self.held[name][:size].view(shape)
 
 
-class Blocks:
-    """How `length` tokens become n blocks of Q, and back."""
-
-    def __init__(self, length: int):
-        self.length = length
-        self.Q = isqrt(length - 1) + 1
-        self.n = ceil(length / self.Q)
-        self.padding = self.n * self.Q - length  # less than Q: it is all in the last block
-
-    def cut(self, x: Tensor, out: Tensor) -> Tensor:
-        """(..., L) -> `out` (Q, ..., n), zeros at the end."""
-        x = F.pad(x, (0, self.padding)) if self.padding else x
-        # A contiguous matrix transposed into another is the copy that PyTorch does fast.
-        out.view(self.Q, -1).copy_(x.reshape(-1, self.Q).t())
-        return out
-
-    def join(self, x: Tensor, out: Tensor) -> None:
-        """(Q, ..., n) -> `out` (..., L)."""
-        rows = x.reshape(self.Q, -1).t()
-        if out.is_contiguous() and not self.padding:
-            out.view(-1, self.Q).copy_(rows)
-        else:
-            out.copy_(rows.reshape(*out.shape[:-1], -1)[..., : self.length])
+def _planes(x: Tensor) -> Tensor:
+    """(..., n * RADIX) as (RADIX, ..., n), a view."""
+    return x.unflatten(-1, (-1, RADIX)).movedim(-1, 0)
 
 
-def _scan_(decay: Tensor, h: Tensor, reverse: bool) -> Tensor:
-    """h_t <- h_t + decay_t h_{t-1} in place and in order; `decay` ends as its running product within blocks."""
-    decays, states = decay.unbind(0), h.unbind(0)
-    order = range(len(states))[::-1] if reverse else range(len(states))
-    for before, now in pairwise(order):
+def _cut(x: Tensor, out: Tensor) -> Tensor:
+    """(..., L) -> `out` (RADIX, ..., n), zeros at the end."""
+    rest = x.shape[-1] % RADIX
+    whole = x.shape[-1] - rest
+    out[..., : whole // RADIX] = _planes(x[..., :whole])
+    if rest:
+        out[:rest, ..., -1] = x[..., whole:].movedim(-1, 0)
+        out[rest:, ..., -1] = 0
+    return out
+
+
+def _join(x: Tensor, out: Tensor) -> None:
+    """(RADIX, ..., n) -> `out` (..., L)."""
+    rest = out.shape[-1] % RADIX
+    whole = out.shape[-1] - rest
+    _planes(out[..., :whole]).copy_(x[..., : whole // RADIX])
+    if rest:
+        out[..., whole:] = x[:rest, ..., -1].movedim(0, -1)
+
+
+def _steps_(decays: Sequence[Tensor], states: Sequence[Tensor], products: bool) -> None:
+    """h_t <- h_t + decay_t h_{t-1} along the sequences; `products`: each decay becomes the product so far."""
+    for before, now in pairwise(range(len(states))):
         states[now].addcmul_(decays[now], states[before])
-        decays[now].mul_(decays[before])
-    n, product, ends = h.shape[-1], decays[order[-1]], states[order[-1]]
+        if products:
+            decays[now].mul_(decays[before])
+
+
+def _scan_planes_(decay: Tensor, h: Tensor, reverse: bool) -> Tensor:
+    """h_t <- h_t + decay_t h_{t-1} over (RADIX, ..., n), in place; uses `decay` up."""
+    n, turn = h.shape[-1], -1 if reverse else 1
+    _steps_(decay.unbind(0)[::turn], h.unbind(0)[::turn], products=n > 1)
     if n == 1:
         return h
-    later, earlier = slice(1, None), slice(None, -1)
-    # What each block ends with, from what it adds and multiplies: the reach doubles each time.
-    reach = 1
-    while reach < n:
-        here, there = slice(reach, None), slice(None, -reach)
-        if reverse:
-            here, there = there, here
-        old_product, old_ends = product, ends
-        product, ends = old_product.clone(), old_ends.clone()
-        ends[..., here].addcmul_(old_product[..., here], old_ends[..., there])
-        product[..., here].mul_(old_product[..., there])
-        reach *= 2
-    if reverse:
-        later, earlier = earlier, later
-    h[..., later].addcmul_(decay[..., later], ends[..., earlier])
+    others, last = (slice(1, None), 0) if reverse else (slice(None, -1), -1)
+    earlier, later = (slice(1, None), slice(None, -1)) if reverse else (slice(None, -1), slice(1, None))
+    _scan_(decay[last], h[last], reverse)
+    h[others][..., later].addcmul_(decay[others][..., later], h[last][..., earlier])
     return h
 
 
-def _before(x: Tensor, reverse: bool, out: Tensor) -> Tensor:
-    """x_{t-1} at t (x_{t+1} if `reverse`), 0 at the start."""
-    start, end = (-1, 0) if reverse else (0, -1)
-    later, earlier = (slice(None, -1), slice(1, None)) if reverse else (slice(1, None), slice(None, -1))
-    out[later] = x[earlier]
-    out[start][..., later] = x[end][..., earlier]
-    out[start, ..., start] = 0
+def _scan_(decay: Tensor, h: Tensor, reverse: bool) -> None:
+    """h_t <- h_t + decay_t h_{t-1} over (..., L), in place."""
+    length, turn = h.shape[-1], -1 if reverse else 1
+    rest = length % RADIX if length > RADIX else length - 1
+    # Blocks first; the tokens that fill none, and the one that they follow, one by one.
+    tail = slice(0, rest + 1) if reverse else slice(length - rest - 1, length)
+    blocks = slice(rest, length) if reverse else slice(0, length - rest)
+    if length > RADIX:
+        planes = [_planes(x[..., blocks]).contiguous() for x in (decay, h)]
+        _planes(h[..., blocks]).copy_(_scan_planes_(*planes, reverse))
+    if rest:
+        decays, states = (x[..., tail].unbind(-1)[::turn] for x in (decay, h))
+        _steps_(decays, states, products=False)
+
+
+def _after(decay: Tensor, reverse: bool, out: Tensor) -> Tensor:
+    """decay_{t+1} at t (decay_{t-1} if `reverse`), 0 at the end: what leads from the next state's gradient to this one's."""
+    if reverse:
+        out[1:] = decay[:-1]
+        out[0][..., 1:] = decay[-1][..., :-1]
+        out[0][..., 0] = 0
+    else:
+        out[:-1] = decay[1:]
+        out[-1][..., :-1] = decay[0][..., 1:]
+        out[-1][..., -1] = 0
+    return out
+
+
+def _carried(decay: Tensor, h: Tensor, reverse: bool, out: Tensor) -> Tensor:
+    """decay_t h_{t-1} (decay_t h_{t+1} if `reverse`), 0 at the start."""
+    if reverse:
+        torch.mul(decay[:-1], h[1:], out=out[:-1])
+        torch.mul(decay[-1][..., :-1], h[0][..., 1:], out=out[-1][..., :-1])
+        out[-1][..., -1] = 0
+    else:
+        torch.mul(decay[1:], h[:-1], out=out[1:])
+        torch.mul(decay[0][..., 1:], h[-1][..., :-1], out=out[0][..., 1:])
+        out[0][..., 0] = 0
     return out
 
 
 class Chunk:
-    """Some rows of the batch and some channels of one group, cut into blocks: step, decay, input, B."""
+    """Some rows of the batch and some channels of one group: `step` and `entering` (step u) as planes (RADIX, b, c, n)."""
 
-    def __init__(self, space, rows, own, group, u, delta, A, B, delta_bias, delta_softplus):
-        self.space, self.blocks = space, Blocks(u.shape[2])
+    def __init__(self, space, group, rows, own, u, delta, A, B, delta_bias, delta_softplus):
+        self.space = space
         u, delta = u[rows, own], delta[rows, own]
-        Q, n, N = self.blocks.Q, self.blocks.n, A.shape[1]
-        self.shape = (Q, *u.shape[:2], n)
-        self.wide = (Q, N, *u.shape[:2], n)
-        self.u = self.blocks.cut(u, space("u", self.shape))
-        self.step = step = self.blocks.cut(delta, space("step", self.shape))
-        if delta_bias is not None:
-            step += delta_bias[own, None].to(step)
+        length, n, self.N = u.shape[2], ceil(u.shape[2] / RADIX), A.shape[1]
+        self.shape = (RADIX, *u.shape[:2], n)
+        self.u = u
+        flat = (*u.shape[:2], n * RADIX)
+        step, entering = space("flat step", flat), space("flat entering", flat)
+        here = step[..., :length]
+        if delta_bias is None:
+            here.copy_(delta)
+        else:
+            torch.add(delta, delta_bias[own, None].to(step), out=here)
+        # Decay 1 and input 0: what fills the last block passes the state through.
         if delta_softplus:
-            # log(1 + exp(x)), and x where that is above 20, as in PyTorch: there the two agree to 2e-9.
-            soft = torch.clamp(step, max=20, out=space("h", self.shape)).exp_().log1p_()
-            torch.maximum(soft, step, out=step)
-        if self.blocks.padding:
-            # Decay 1 and input 0: padding passes the state through.
-            step[-self.blocks.padding :, ..., -1] = 0
-        self.B = self.grouped(B[rows, group], "B")
+            # log(1 + e^x), and x where they agree; entering's memory is free so far.
+            soft = torch.mul(step, log2(e), out=entering).clamp_(max=LINEAR).exp2_().log1p_()
+            torch.maximum(step, soft, out=step)
+        step[..., length:] = 0
+        torch.mul(here, u, out=entering[..., :length])
+        entering[..., length:] = 0
+        self.step, self.entering = _planes(step), _planes(entering)
+        if self.N > 1:
+            # Read once a state.
+            self.step = space("step", self.shape).copy_(self.step)
+            self.entering = space("entering", self.shape).copy_(self.entering)
         self.A = A[own].to(step).t()[:, None, :, None]  # (N, 1, c, 1)
-        self.decay = torch.mul(step[:, None], self.A, out=space("decay", self.wide)).exp_()
+        self.B = self.grouped(B[rows, group], "B")
 
     def grouped(self, x: Tensor, name: str) -> Tensor:
-        """(b, N, L) -> (Q, N, b, 1, n)."""
-        shape = (self.blocks.Q, *x.shape[:2], self.blocks.n)
-        return self.blocks.cut(x, self.space(name, shape)).transpose(1, 2)[:, :, :, None]
+        """(b, N, L) -> (RADIX, N, b, 1, n)."""
+        shape = (RADIX, x.shape[1], x.shape[0], self.shape[-1])
+        return _cut(x.transpose(0, 1), self.space(name, shape))[:, :, :, None]
 
-    def states(self, decay: Tensor, reverse: bool) -> Tensor:
-        """(Q, N, b, c, n); uses `decay` up."""
-        entering = torch.mul(self.step, self.u, out=self.space("entering", self.shape))
-        h = torch.mul(entering[:, None], self.B, out=self.space("h", self.wide))
-        return _scan_(decay, h, reverse)
+    def pieces(self) -> Iterator[slice]:
+        """The states, as many at a time as fit."""
+        size = max(1, CHUNK // max(1, prod(self.shape)))
+        return (slice(start, min(start + size, self.N)) for start in range(0, self.N, size))
+
+    def wide(self, name: str, states: slice) -> Tensor:
+        """Memory of (RADIX, states, b, c, n)."""
+        return self.space(name, (RADIX, states.stop - states.start, *self.shape[1:]))
+
+    def decay(self, states: slice) -> Tensor:
+        return torch.mul(self.step[:, None], self.A[states] * log2(e), out=self.wide("decay", states)).exp2_()
+
+    def states(self, decay: Tensor, states: slice, reverse: bool) -> Tensor:
+        """(RADIX, states, b, c, n); uses `decay` up."""
+        h = torch.mul(self.entering[:, None], self.B[:, states], out=self.wide("h", states))
+        return _scan_planes_(decay, h, reverse)
 
 
 def _chunks(u: Tensor, B: Tensor) -> Iterator[tuple[int, slice, slice]]:
     """group, rows of the batch, channels: whole groups for several rows while they fit, else parts of a group."""
     batch, channels, length = u.shape
-    groups, N = B.shape[1:3]
+    groups = B.shape[1]
     per_group = channels // groups
-    fit = max(1, CHUNK // (N * length))
+    fit = max(1, CHUNK // length)
     rows, part = max(1, fit // per_group), min(fit, per_group)
     for group in range(groups):
         for row in range(0, batch, rows):
@@ -164,16 +212,20 @@ def scan(
 ) -> Tensor:
     out, space = ops.result(u, A, C), Space(u)
     for group, rows, own in _chunks(u, B):
-        chunk = Chunk(space, rows, own, group, u, delta, A, B, delta_bias, delta_softplus)
-        h = chunk.states(chunk.decay, reverse[group])
-        if C is None:
-            for n in range(A.shape[1]):
-                chunk.blocks.join(h[:, n], out[rows, own, n])
-            continue
-        y = _sum(h.mul_(chunk.grouped(C[rows, group], "C")), 1)
+        chunk = Chunk(space, group, rows, own, u, delta, A, B, delta_bias, delta_softplus)
+        if C is not None:
+            y, C_cut = space("y", chunk.shape).zero_(), chunk.grouped(C[rows, group], "C")
+        for states in chunk.pieces():
+            h = chunk.states(chunk.decay(states), states, reverse[group])
+            for i, n in enumerate(range(states.start, states.stop)):
+                if C is None:
+                    _join(h[:, i], out[rows, own, n])
+                else:
+                    y.addcmul_(h[:, i], C_cut[:, n])
         if D is not None:
-            y.addcmul_(chunk.u, D[own, None].to(y))
-        chunk.blocks.join(y, out[rows, own])
+            y.addcmul_(_cut(chunk.u, space("u", chunk.shape)), D[own, None].to(y))
+        if C is not None:
+            _join(y, out[rows, own])
     return out
 
 
@@ -197,55 +249,58 @@ def scan_backward(
     )
     for group, rows, own in _chunks(u, B):
         back = reverse[group]
-        chunk = Chunk(space, rows, own, group, u, delta, A, B, delta_bias, delta_softplus)
-        blocks, decay = chunk.blocks, chunk.decay
-        h = chunk.states(space("product", chunk.wide).copy_(decay), back)
-        g, other = space("g", chunk.wide), space("product", chunk.wide)
-        if C is None:
-            for n in range(A.shape[1]):
-                g[:, n] = blocks.cut(grad[rows, own, n], space("dy", chunk.shape))
-        else:
-            dy = blocks.cut(grad[rows, own], space("dy", chunk.shape))
+        chunk = Chunk(space, group, rows, own, u, delta, A, B, delta_bias, delta_softplus)
+        # Gradients of the step beside that through step u, and of step u.
+        dstep, dentering = (space(name, chunk.shape).zero_() for name in ("dstep", "dentering"))
+        if C is not None:
+            dy = _cut(grad[rows, own], space("dy", chunk.shape))
             C_cut = chunk.grouped(C[rows, group], "C")
-            _add(blocks, dC[rows, group], torch.mul(dy[:, None], h, out=g).sum(3))
-            torch.mul(dy[:, None], C_cut, out=g)
-        # The cotangent of a state gathers from the states after it.
-        _scan_(_before(decay, not back, other), g, not back)
-        carried = _before(h, back, other).mul_(decay).mul_(g)  # g_t a_t h_{t-1}
-        dA[own] += torch.mul(carried, chunk.step[:, None], out=h).sum((0, 2, 4)).t()
-        dstep = _sum(carried.mul_(chunk.A), 1)
-        entering = space("entering", chunk.shape)  # step * u
-        _add(blocks, dB[rows, group], torch.mul(g, entering[:, None], out=h).sum(3))
-        gB = _sum(g.mul_(chunk.B), 1)
-        dstep.addcmul_(gB, chunk.u)
+        for states in chunk.pieces():
+            decay = chunk.decay(states)
+            g, other = chunk.wide("g", states), chunk.wide("other", states)
+            h = chunk.states(other.copy_(decay), states, back)
+            if C is None:
+                _cut(grad[rows, own, states].transpose(1, 2).transpose(0, 1), g)
+            else:
+                _add(dC[rows, group, states], torch.mul(dy[:, None], h, out=g).sum(3))
+                torch.mul(dy[:, None], C_cut[:, states], out=g)
+            # The cotangent of a state gathers from the states after it.
+            _scan_planes_(_after(decay, back, other), g, not back)
+            carried = _carried(decay, h, back, other).mul_(g)  # g_t decay_t h_{t-1}
+            dA[own, states] += torch.mul(carried, chunk.step[:, None], out=h).sum((0, 2, 4)).t()
+            _add(dB[rows, group, states], torch.mul(g, chunk.entering[:, None], out=h).sum(3))
+            for i, n in enumerate(range(states.start, states.stop)):
+                dstep.addcmul_(carried[:, i], chunk.A[n])
+                dentering.addcmul_(g[:, i], chunk.B[:, n])
+        dx = space("dx", chunk.shape)
+        u_cut = _cut(chunk.u, space("u", chunk.shape))
+        dstep.addcmul_(dentering, u_cut)
         if delta_softplus:
             # The derivative of softplus is 1 - exp(-softplus); above 20, where softplus is the identity, that is 1.
-            dstep.mul_(torch.neg(chunk.step, out=entering).expm1_().neg_())
-        if blocks.padding:
-            dstep[-blocks.padding :, ..., -1] = 0
-        dx = gB.mul_(chunk.step)
+            dstep.mul_(torch.neg(chunk.step, out=dx).expm1_().neg_())
+        torch.mul(dentering, chunk.step, out=dx)
         if D is not None:
-            dD[own] += torch.mul(dy, chunk.u, out=entering).sum((0, 1, 3))
+            dD[own] += torch.mul(dy, u_cut, out=dentering).sum((0, 1, 3))
             dx.addcmul_(dy, D[own, None].to(dx))
+        _join(dx, du[rows, own])
+        _join(dstep, ddelta[rows, own])
         if delta_bias is not None:
+            _rest(dstep, u.shape[2]).zero_()
             dbias[own] += dstep.sum((0, 1, 3))
-        blocks.join(dx, du[rows, own])
-        blocks.join(dstep, ddelta[rows, own])
     sums = zip((dA, dB, dC, dD, dbias), (A, B, C, D, delta_bias), strict=True)
     return du, ddelta, *(total if x is None else total.to(x.dtype) for total, x in sums)
 
 
-def _sum(x: Tensor, dim: int) -> Tensor:
-    """`x` summed; the sum of one is that one, and its memory."""
-    return x.select(dim, 0) if x.shape[dim] == 1 else x.sum(dim)
+def _rest(x: Tensor, length: int) -> Tensor:
+    """The part of planes (RADIX, ..., n) that is no token."""
+    return x[length % RADIX or RADIX :, ..., -1]
 
 
-def _add(blocks: Blocks, total: Tensor, x: Tensor) -> None:
-    """`total` (b, N, L) += `x` (Q, N, b, n)."""
-    x = x.transpose(1, 2)
-    joined = x.new_empty(*x.shape[1:3], blocks.length)
-    blocks.join(x, joined)
-    total += joined
+def _add(total: Tensor, x: Tensor) -> None:
+    """`total` (b, N, L) += `x` (RADIX, N, b, n)."""
+    joined = total.new_empty(x.shape[1], x.shape[2], total.shape[-1])
+    _join(x, joined)
+    total += joined.transpose(0, 1)
 
 
 OPERATORS = ops.define("eager", scan, scan_backward)
