@@ -11,6 +11,7 @@ from torch import Tensor
 
 from visionhybrid.kernels import linear_attention as linear
 from visionhybrid.kernels import selective_scan as scan
+from visionhybrid.kernels import sparse_linear_attention as sparse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,60 @@ def _scan_ops() -> list[tuple[Any, tuple]]:
     ]
 
 
+def _sparse(
+    B, heads, N, M, D, E, block_q=16, block_k=16, critical=0.4, keys=False, pairs=False, **options
+) -> Callable[[], Sample]:
+    def build():
+        inputs = {
+            name: torch.randn(B, heads, *shape, dtype=torch.float64)
+            for name, shape in dict(q=(N, D), k=(M, D), v=(M, E)).items()
+        }
+        # Blocks are given: they must not change with the rounding of q and k. Some rows have none.
+        draw = torch.rand(B, heads, -(-N // block_q), -(-M // block_k))
+        block_map = (draw < critical).to(torch.int8) - (draw > 0.8).to(torch.int8)
+        given = dict(block_q=block_q, block_k=block_k, block_map=block_map, **options)
+        if keys:
+            given["key_mask"] = torch.rand(B, M) < 0.7
+        if pairs:
+            given["mask"] = torch.rand(N, M) < 0.7
+            given["mask"][N // 2] = False  # a query without keys
+        return Sample(inputs=inputs, options=given)
+
+    return build
+
+
+def _sparse_small() -> Sample:
+    inputs = {
+        name: torch.randn(2, 2, n, d, dtype=torch.float64)
+        for name, n, d in (("q", 7, 4), ("k", 9, 4), ("v", 9, 3))
+    }
+    keep = torch.rand(2, 9) < 0.8
+    return Sample(inputs=inputs, options=dict(topk=0.5, block_q=4, block_k=3, variant="v1", key_mask=keep))
+
+
+def _sparse_call(**kwargs: Any) -> tuple[Tensor, ...]:
+    """The branches that there are, without the map."""
+    return tuple(x for x in sparse.sparse_linear_attention(**kwargs)[:2] if x is not None)
+
+
+def _sparse_ops() -> list[tuple[Any, tuple]]:
+    q, k, v = (torch.randn(1, 2, 40, 8, requires_grad=True) for _ in range(3))
+    lut = torch.tensor([0, 2, 1, -1, 2, 1]).view(1, 1, 3, 2).repeat(1, 2, 1, 1)
+    mask = torch.rand(1, 40, 40) > 0.2
+    made = [
+        (torch.ops.visionhybrid.block_lookup, (torch.ones(1, 2, 3, 4, dtype=torch.int8), 4)),
+        (torch.ops.visionhybrid.wide_product, (q, k.mT)),
+    ]
+    for name, backend in sparse.BACKENDS.items():
+        if name != "reference":
+            made += [(backend.SPARSE, (q, k, v, lut, see, 16, 16, 0.3)) for see in (None, mask)]
+            plain = [x.detach() for x in (q, k, v)]
+            saved = [x.detach() for x in backend.SPARSE(q, k, v, lut, mask, 16, 16, 0.3)]
+            backward = getattr(torch.ops.visionhybrid, f"block_sparse_attention_{name}_backward")
+            made.append((backward, (torch.randn(1, 2, 40, 8), *plain, *saved, lut, mask, 16, 16, 0.3)))
+    return made
+
+
 OPERATORS = {
     "linear_attention": Operator(
         module=linear,
@@ -194,6 +249,41 @@ OPERATORS = {
             "cross-scan": _scan(
                 1, 20, 99, 2, groups=4, delta_softplus=True, reverse=(False, False, True, True)
             ),
+        },
+    ),
+    "sparse_linear_attention": Operator(
+        module=sparse,
+        function=_sparse_call,
+        ops=_sparse_ops,
+        small=_sparse_small,
+        drawn=st.builds(
+            _sparse,
+            *(st.integers(low, high) for low, high in ((1, 2), (1, 3), (1, 90), (20, 90), (1, 12), (1, 12))),
+            block_q=st.sampled_from([1, 7, 16, 64]),
+            block_k=st.sampled_from([7, 16, 64]),
+            critical=st.floats(0.0, 1.0),
+            keys=st.booleans(),
+            pairs=st.booleans(),
+            variant=st.sampled_from(["main", "v1", "paper", "sparse"]),
+            feature_map=st.sampled_from(["softmax", "elu"]),
+        ),
+        samples={
+            # With one key neither branch depends on q at all.
+            "one query, two keys": _sparse(1, 1, 1, 2, 16, 16, critical=1.0),
+            "prime lengths, other value dim": _sparse(1, 3, 131, 67, 24, 40, 32, 16),
+            "v1, elu, head 40, padding": _sparse(
+                2, 2, 65, 65, 40, 40, variant="v1", feature_map="elu", keys=True
+            ),
+            "three classes, head 72, blocks of no power of two": _sparse(
+                1, 2, 83, 147, 72, 72, 40, 72, variant="paper"
+            ),
+            "windows, head 80": _sparse(1, 2, 50, 67, 80, 80, 32, 20, variant="sparse", pairs=True),
+            "padding and windows, head 160": _sparse(2, 1, 33, 40, 160, 160, keys=True, pairs=True),
+            "relu, head 256": _sparse(1, 1, 20, 31, 256, 256, feature_map="relu"),
+            "blocks longer than the map, scaled": _sparse(
+                1, 2, 100, 90, 32, 32, 128, 128, critical=1.0, scale=0.3
+            ),
+            "nothing critical": _sparse(1, 1, 40, 40, 16, 16, critical=0.0, variant="v1"),
         },
     ),
 }

@@ -68,8 +68,8 @@ def blocks_of(mask: Tensor, block_q: int = 64, block_k: int = 64) -> Tensor:
 
 
 def lookup(block_map: Tensor) -> Tensor:
-    """(B, heads, M, t) critical blocks of each row, ascending; -1 fills rows that have fewer than the longest."""
+    """(B, heads, M, t) critical blocks of each row, ascending; -1 fills rows that have fewer than the longest; t >= 1."""
     critical = block_map == CRITICAL
-    t = int(critical.sum(-1).max())
+    t = max(1, int(critical.sum(-1).max()))
     order = (~critical).long().argsort(dim=-1, stable=True)[..., :t]
     return order.masked_fill(~critical.gather(-1, order), -1)
