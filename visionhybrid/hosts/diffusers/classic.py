@@ -29,15 +29,17 @@ __all__ = ["FAMILIES", "MixerProcessor"]
 # Attention in modules of these names runs along time; it is called attn1 as well.
 TEMPORAL = {"motion_modules", "temp_attentions", "temporal_transformer_blocks"}
 # Processors that compute plain softmax attention, each in its own way; any other does something a mixer would undo.
-PLAIN = {
-    "AttnProcessor",
-    "AttnProcessor2_0",
-    "AttnProcessorNPU",
-    "FusedAttnProcessor2_0",
-    "SlicedAttnProcessor",
-    "XFormersAttnProcessor",
-    "XLAFlashAttnProcessor2_0",
-}
+PLAIN = frozenset(
+    {
+        "AttnProcessor",
+        "AttnProcessor2_0",
+        "AttnProcessorNPU",
+        "FusedAttnProcessor2_0",
+        "SlicedAttnProcessor",
+        "XFormersAttnProcessor",
+        "XLAFlashAttnProcessor2_0",
+    }
+)
 
 
 class MixerProcessor:
@@ -228,7 +230,9 @@ def _drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 def _family(layers: Callable[[nn.Module, SampleSize], list[Layer]], *models: str) -> Family:
-    return Family(models=models, layers=layers, processor=lambda module: MixerProcessor(), hooks=_hooks)
+    return Family(
+        models=models, layers=layers, processor=lambda module: MixerProcessor(), hooks=_hooks, plain=PLAIN
+    )
 
 
 FAMILIES = (

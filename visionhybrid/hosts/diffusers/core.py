@@ -8,6 +8,7 @@ or module; the model's class becomes one that can be saved and loaded with its m
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,8 @@ from visionhybrid import mixers
 from visionhybrid.hosts.diffusers import models
 from visionhybrid.hosts.diffusers.family import Family, family_of, known_models
 from visionhybrid.hosts.plan import Part
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Held", "State", "family", "install", "remove", "state_of"]
 
@@ -137,15 +140,6 @@ def rebuild(model: nn.Module, config: Mapping[str, Any]) -> None:
     _settle(model, state)
 
 
-def reinstate(model: nn.Module) -> None:
-    """Our processors again where diffusers has put its own: attention slicing, fused projections and the like."""
-    kind = family(model)
-    for name in state_of(model).layers:
-        attn = cast(Any, model.get_submodule(name))
-        if not getattr(attn.processor, "mixes", False):
-            attn.set_processor(kind.processor(attn))
-
-
 def _mount(model: nn.Module, attn: Any, mixer: mixers.Mixer, kind: Family) -> None:
     weight = attn.to_q.weight
     # A quantised or fp8 projection computes in the model's type.
@@ -168,20 +162,26 @@ def _settle(model: Any, state: State) -> None:
     state.handles = kind.hooks(model, set(state.layers))
     for name in state.layers:
         attn = model.get_submodule(name)
-        guard = partial(_guard, name=name, processor=type(attn.processor))
+        guard = partial(_guard, name=name, processor=type(attn.processor), plain=kind.plain)
         state.handles.append(attn.register_forward_pre_hook(guard))
     models.enter(model, state)
 
 
-def _guard(attn: Any, args: tuple[Any, ...], *, name: str, processor: type) -> None:
-    """Runs before each call: nothing may put softmax attention in the place of a mixer unnoticed."""
+def _guard(attn: Any, args: tuple[Any, ...], *, name: str, processor: type, plain: frozenset[str]) -> None:
+    """Runs before each call: nothing may put softmax attention in the place of a mixer unnoticed.
+
+    Another way to compute softmax (slices, xformers) concerns the attention that still does; a mixer stays until it is
+    detached. A processor that does something else was meant to have an effect, so it is refused. Either way ours is back.
+    """
     if not getattr(attn.processor, "mixes", False):
-        other = type(attn.processor).__name__
+        other, mixer = type(attn.processor).__name__, attn.mixer.about.name
         attn.set_processor(processor())
-        raise ValueError(
-            f"{name}: {other} was put in the place of its {attn.mixer.about.name} mixer, which is back now; detach this "
-            "layer first, or leave it out (perturbed attention, PAG, has no meaning for a mixer)"
-        )
+        if other not in plain:
+            raise ValueError(
+                f"{name}: {other} was put in the place of its {mixer} mixer, which is back now; detach this layer "
+                "first, or leave it out (perturbed attention, PAG, has no meaning for a mixer)"
+            )
+        logger.warning("%s keeps its %s mixer, %s is dropped; detach it first", name, mixer, other)
 
 
 def _projections(attn: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:

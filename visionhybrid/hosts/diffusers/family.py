@@ -34,6 +34,7 @@ class Family:
     layers: Callable[[nn.Module, SampleSize], list[Layer]]
     processor: Callable[[nn.Module], Any]
     hooks: Callable[[nn.Module, set[str]], list[Any]]
+    plain: frozenset[str]
 
 
 def family_of(model: nn.Module) -> Family | None:

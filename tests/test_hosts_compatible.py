@@ -1,0 +1,365 @@
+"""Models with mixers behave as diffusers' own: adapters, control, offloading, compiling, precision, processors, training."""
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+
+import visionhybrid
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
+LORA = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def mixed(pipeline=tiny.sd15, mixer="linfusion", **options):
+    """A pipeline whose mixers do something from the start."""
+    pipe = pipeline()
+    if mixer == "linfusion":
+        options = {"zero_init": False, **options}
+    visionhybrid.attach(pipe, mixer, **options)
+    return pipe
+
+
+def output(unet, **changes):
+    with torch.no_grad():
+        return unet(**{**tiny.unet_inputs(), **changes}).sample
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def lora(unet, name="style"):
+    from peft import LoraConfig
+
+    unet.add_adapter(
+        LoraConfig(r=4, lora_alpha=4, target_modules=LORA, init_lora_weights="gaussian"), adapter_name=name
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for key, value in unet.named_parameters():
+            if "lora_B" in key:
+                value.normal_(std=0.5)
+
+
+def test_lora_acts_on_the_projections_of_mixed_layers():
+    pipe = mixed()
+    plain = output(pipe.unet)
+    lora(pipe.unet)
+    assert hasattr(pipe.unet.get_submodule(DOWN).to_q, "lora_A")
+    assert not any("mixer" in key for key in pipe.unet.state_dict() if "lora" in key)
+    adapted = output(pipe.unet)
+    assert not torch.allclose(adapted, plain, atol=1e-3)
+    pipe.unet.disable_adapters()
+    assert torch.equal(output(pipe.unet), plain)
+    pipe.unet.enable_adapters()
+    # a scale for the call
+    half = output(pipe.unet, cross_attention_kwargs={"scale": 0.5})
+    assert not torch.allclose(half, adapted, atol=1e-4)
+    assert torch.equal(output(pipe.unet, cross_attention_kwargs={"scale": 1.0}), adapted)
+    # by name, for a part of the UNet: diffusers finds the parts by the model's class name
+    pipe.set_adapters("style", {"unet": {"down": 0.0, "mid": 0.0, "up": 0.0}})
+    torch.testing.assert_close(output(pipe.unet), plain)
+    pipe.set_adapters("style", 1.0)
+    pipe.fuse_lora(components=["unet"])
+    torch.testing.assert_close(output(pipe.unet), adapted, rtol=0, atol=1e-5)
+    pipe.unfuse_lora(components=["unet"])
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(output(pipe.unet), plain, rtol=0, atol=1e-5)
+    assert len(visionhybrid.describe(pipe).mixed) == 4
+
+
+def test_lora_files_are_those_of_the_plain_model(tmp_path):
+    pipe = mixed()
+    lora(pipe.unet)
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(pipe.unet, adapter_name="style")
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=state)
+    adapted = output(pipe.unet)
+    other = mixed()
+    other.load_lora_weights(tmp_path, adapter_name="style")
+    torch.testing.assert_close(output(other.unet), adapted)
+    plain = tiny.sd15()
+    plain.load_lora_weights(tmp_path, adapter_name="style")  # no key of it is unknown there
+
+
+def test_detach_below_a_lora(tmp_path):
+    from golden import load_case
+    from test_hosts_diffusers import published
+
+    unet = published(load_case("linfusion_unet_sd21tiny_24x12"), tmp_path)
+    inputs = tiny.unet_inputs(width=40)
+    before = output(unet, **inputs)
+    projections = {f"{DOWN}.{key}": unet.get_submodule(f"{DOWN}.{key}").weight.clone() for key in LORA}
+    visionhybrid.attach(unet, "linfusion", weights=tmp_path)
+    lora(unet)
+    unet.fuse_lora()
+    with pytest.raises(ValueError, match="a LoRA is fused into this projection; unfuse it first"):
+        visionhybrid.detach(unet)
+    unet.unfuse_lora()
+    visionhybrid.detach(unet)
+    for name, own in projections.items():
+        assert torch.equal(unet.get_submodule(name).base_layer.weight, own), name
+    unet.disable_adapters()
+    # peft adds and subtracts the product in the other layers
+    torch.testing.assert_close(output(unet, **inputs), before, rtol=0, atol=1e-5)
+
+
+# ---- control and image prompts ---------------------------------------------------------------------------------------
+
+
+def test_controlnet():
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    pipe = tiny.sd15()
+    torch.manual_seed(2)
+    control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 16)).eval()
+    for parameter in control.controlnet_down_blocks.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    parts = {**pipe.components, "controlnet": control}
+    parts = {k: v for k, v in parts.items() if k != "image_encoder"}
+    pipe = tiny._quiet(StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False))
+    image = torch.rand(1, 3, 32, 32)
+    visionhybrid.attach(pipe, "softmax")
+    same = tiny.draw(pipe, image=image)
+    visionhybrid.detach(pipe)
+    torch.testing.assert_close(same, tiny.draw(pipe, image=image), rtol=0, atol=1e-6)
+    visionhybrid.attach(pipe, "linfusion", zero_init=False)
+    with_control = tiny.draw(pipe, image=image)
+    assert not torch.allclose(
+        with_control, tiny.draw(pipe, image=image, controlnet_conditioning_scale=0.0), atol=1e-3
+    )
+    # its own attention can be linear as well: a ControlNet is no denoiser, but a model
+    with pytest.raises(ValueError, match="ControlNetModel is not supported"):
+        visionhybrid.attach(control, "linfusion")
+    # a copy is made from a plain UNet only, and that is said
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: .*mixer"):
+        ControlNetModel.from_unet(pipe.unet)
+
+
+def ip_adapter(unet):
+    """Weights of an IP-Adapter for `unet`, made up; keys are numbered over all attention."""
+    torch.manual_seed(3)
+    weights, number = {}, 1
+    for name, module in unet.named_modules():
+        if name.endswith("attn2"):
+            for key in ("to_k_ip", "to_v_ip"):
+                weights[f"{number}.{key}.weight"] = torch.randn(module.inner_dim, 32)
+            number += 2
+    image = {
+        "proj.weight": torch.randn(4 * 32, 16),
+        "proj.bias": torch.randn(4 * 32),
+        "norm.weight": torch.ones(32),
+        "norm.bias": torch.zeros(32),
+    }
+    return {"image_proj": image, "ip_adapter": weights}
+
+
+def test_ip_adapter_keeps_the_mixers():
+    pipe = mixed()
+    plain = output(pipe.unet)
+    pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
+    assert type(pipe.unet.get_submodule(DOWN.replace("attn1", "attn2")).processor).__name__.startswith(
+        "IPAdapter"
+    )
+    image = {"image_embeds": [torch.randn(2, 1, 16)]}
+    prompted = output(pipe.unet, added_cond_kwargs=image)
+    assert not torch.allclose(prompted, plain, atol=1e-3)
+    pipe.set_ip_adapter_scale(0.0)
+    torch.testing.assert_close(output(pipe.unet, added_cond_kwargs=image), plain)
+    assert len(visionhybrid.describe(pipe).mixed) == 4
+    pipe.unload_ip_adapter()
+    torch.testing.assert_close(output(pipe.unet), plain)
+
+
+# ---- what puts other processors into a model -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.enable_attention_slicing(),
+        lambda pipe: (pipe.enable_attention_slicing(1), pipe.disable_attention_slicing()),
+        lambda pipe: pipe.unet.fuse_qkv_projections(),
+        lambda pipe: (pipe.unet.fuse_qkv_projections(), pipe.unet.unfuse_qkv_projections()),
+        lambda pipe: pipe.unet.set_default_attn_processor(),
+        lambda pipe: pipe.disable_xformers_memory_efficient_attention(),
+        lambda pipe: pipe.unet.set_attn_processor(pipe.unet.attn_processors),
+        lambda pipe: pipe.enable_freeu(1.0, 1.0, 1.0, 1.0),
+    ],
+)
+def test_mixers_stay_when_diffusers_changes_processors(change):
+    pipe = mixed()
+    before = output(pipe.unet)
+    change(pipe)
+    torch.testing.assert_close(output(pipe.unet), before)
+    assert len(visionhybrid.describe(pipe).mixed) == 4
+
+
+def test_a_dict_of_processors_must_keep_the_mixers():
+    from diffusers.models.attention_processor import AttnProcessor
+
+    unet = mixed().unet
+    with pytest.raises(ValueError, match=r"attn1.processor runs a mixer; detach that layer first"):
+        unet.set_attn_processor({name: AttnProcessor() for name in unet.attn_processors})
+    before = output(unet)
+    unet.set_attn_processor(AttnProcessor())  # one for all the others
+    torch.testing.assert_close(output(unet), before)
+
+
+def test_a_processor_put_over_a_mixer_is_noticed(caplog):
+    from diffusers.models.attention_processor import AttnProcessor2_0, PAGIdentitySelfAttnProcessor2_0
+
+    unet = mixed().unet
+    before = output(unet)
+    unet.get_submodule(MID).processor = AttnProcessor2_0()
+    assert torch.equal(output(unet), before)
+    assert f"{MID} keeps its linfusion mixer, AttnProcessor2_0 is dropped" in caplog.text
+    unet.get_submodule(MID).processor = PAGIdentitySelfAttnProcessor2_0()
+    with pytest.raises(
+        ValueError, match=f"{MID}: PAGIdentitySelfAttnProcessor2_0 was put in the place of its linf"
+    ):
+        output(unet)
+    assert torch.equal(output(unet), before)
+
+
+def test_perturbed_attention_guidance_is_refused():
+    from diffusers import AutoPipelineForText2Image
+
+    pipe = AutoPipelineForText2Image.from_pipe(tiny.sd15(), enable_pag=True, pag_applied_layers=["mid"])
+    tiny._quiet(pipe)
+    before = tiny.draw(pipe, pag_scale=3.0)
+    visionhybrid.attach(pipe, "linfusion", layers="down_blocks")
+    tiny.draw(pipe, pag_scale=3.0)  # on layers that keep softmax attention it works
+    visionhybrid.attach(pipe, "linfusion", layers="mid_block")
+    with pytest.raises(ValueError, match="perturbed attention, PAG, has no meaning for a mixer"):
+        tiny.draw(pipe, pag_scale=3.0)
+    tiny.draw(pipe, pag_scale=0.0)
+    visionhybrid.detach(pipe)
+    assert torch.equal(tiny.draw(pipe, pag_scale=3.0), before)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def gradients(model, checkpointing, runs):
+    """Gradients of one loss over several calls of the model, whose backward passes all come at the end."""
+    model.zero_grad()
+    (model.enable_gradient_checkpointing if checkpointing else model.disable_gradient_checkpointing)()
+    total = sum((model(**inputs).sample * weight).sum() for inputs, weight in runs)
+    total.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("mixer", ["linfusion", "neighborhood", "agent"])
+def test_checkpointing_changes_no_gradient(mixer):
+    """Two sizes of equally many tokens before one backward pass: each recomputation has to get its own grid."""
+    options = {"kernel_size": 3} if mixer == "neighborhood" else {}
+    unet = mixed(mixer=mixer, layers="tokens > 64", **options).unet.train()
+    draw = torch.Generator().manual_seed(0)
+    runs = []
+    for size in ((16, 8), (8, 16)):
+        runs.append((tiny.unet_inputs(size=size), torch.randn(2, 4, *size, generator=draw)))
+    plain, checkpointed = gradients(unet, False, runs), gradients(unet, True, runs)
+    assert checkpointed.keys() == plain.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+    if mixer == "linfusion":
+        assert all(name in plain for name, _ in unet.named_parameters() if ".mixer." in name)
+
+
+# ---- memory, precision, compiling ------------------------------------------------------------------------------------
+
+
+def test_sequential_offload():
+    from accelerate import cpu_offload
+
+    unet = mixed().unet
+    before = output(unet)
+    cpu_offload(unet, torch.device("cpu"), offload_buffers=True)
+    assert unet.get_submodule(DOWN).mixer.to_q_[0].weight.is_meta
+    torch.testing.assert_close(output(unet), before)
+    plain = tiny.unet()
+    cpu_offload(plain, torch.device("cpu"))
+    with pytest.raises(ValueError, match="is offloaded; attach first, then enable offloading"):
+        visionhybrid.attach(plain, "linfusion")
+
+
+@pytest.mark.parametrize(
+    "kind", [dict(offload_type="leaf_level"), dict(offload_type="block_level", num_blocks_per_group=1)]
+)
+def test_group_offload(kind):
+    unet = mixed().unet
+    before = output(unet)
+    unet.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), **kind)
+    torch.testing.assert_close(output(unet), before)
+
+
+def test_layerwise_casting():
+    unet = mixed().unet
+    before = output(unet)
+    unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert unet.get_submodule(DOWN).mixer.to_q_[0].weight.dtype == torch.float8_e4m3fn
+    after = output(unet)
+    assert 1e-5 < (after - before).norm() / before.norm() < 0.2
+    visionhybrid.detach(unet)
+    report = visionhybrid.attach(unet, "linfusion", layers=DOWN)
+    assert unet.get_submodule(DOWN).mixer.to_q_[0].weight.dtype == torch.float32
+    assert output(unet).isfinite().all()
+    assert len(report.mixed) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("first", ["cast", "attach"])
+def test_half_precision(dtype, first):
+    unet = tiny.unet()
+    inputs = tiny.unet_inputs()
+    if first == "cast":
+        unet.to(dtype)
+    visionhybrid.attach(unet, "linfusion")
+    unet.to(dtype)
+    mixer = unet.get_submodule(DOWN).mixer
+    assert {p.dtype for p in mixer.parameters()} == {dtype}
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    half = output(unet, **inputs)
+    assert half.dtype == dtype
+    exact = output(unet.float())
+    assert (half.float() - exact).norm() / exact.norm() < (0.01 if dtype == torch.float16 else 0.05)
+
+
+@pytest.mark.parametrize("mixer", ["linfusion", "neighborhood"])
+def test_compiled_whole_without_a_break(mixer):
+    options = {"kernel_size": 3} if mixer == "neighborhood" else {}
+    unet = mixed(mixer=mixer, layers="tokens > 64", **options).unet
+    before = output(unet)
+    compiled = torch.compile(unet, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**tiny.unet_inputs()).sample, before)
+        other = tiny.unet_inputs(size=(12, 20))
+        torch.testing.assert_close(compiled(**other).sample, output(unet, **other))
+
+
+def test_a_compiled_pipeline_takes_mixers():
+    pipe = tiny.sd15()
+    before = tiny.draw(pipe)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    torch.testing.assert_close(tiny.draw(pipe), before)
+    visionhybrid.attach(pipe, "linfusion", zero_init=False)
+    after = tiny.draw(pipe)
+    assert not torch.allclose(after, before, atol=1e-3)
+    visionhybrid.detach(pipe)
+    torch.testing.assert_close(tiny.draw(pipe), before)
+
+
+def test_another_task_shares_the_mixers(tmp_path):
+    from diffusers import AutoPipelineForImage2Image
+
+    pipe = mixed()
+    other = tiny._quiet(AutoPipelineForImage2Image.from_pipe(pipe))
+    assert other.unet is pipe.unet
+    other.save_pretrained(tmp_path)
+    loaded = type(other).from_pretrained(tmp_path)
+    assert torch.equal(output(loaded.unet), output(pipe.unet))
