@@ -458,6 +458,17 @@ def test_hat_milestones_take_effect_at_the_next_iteration():
     assert found == [2e-4, 2e-4, 1e-4, 1e-4, 5e-5, 2.5e-5, 2.5e-5, 1.25e-5, 1.25e-5]
 
 
+def test_cooldown_stays_at_the_floor():
+    config = recipes.find("a2mamba_tiny_in1k")
+    found = rates(
+        config.schedule, config.optim.lr, 310 * 10, 10, [10 * e for e in (1, 5, 6, 150, 299, 301, 305, 309)]
+    )
+    assert found[:3] == pytest.approx([1e-6, 1.6e-3, 2e-3], rel=2e-3)
+    assert found[3] == pytest.approx(1.01e-3, rel=1e-2)
+    assert found[4] > 1e-5
+    assert found[5:] == pytest.approx([1e-5] * 3)
+
+
 @pytest.mark.parametrize("name", ["cosine", "tanh", "poly", "step", "multistep", "constant"])
 def test_schedules_need_only_the_step(name):
     schedule = Schedule(name=name, warmup=5, warmup_lr=1e-4, every=10, milestones=(20, 30), min_lr=1e-5)

@@ -26,7 +26,7 @@ class Rate:
             self.timm, _ = create_scheduler_v2(
                 optimizer,
                 sched=schedule.name,
-                num_epochs=total,
+                num_epochs=total - schedule.cooldown,
                 decay_epochs=schedule.every,
                 # timm takes effect one unit early (documented there); ours is the unit named
                 decay_milestones=[m + 1 for m in schedule.milestones],

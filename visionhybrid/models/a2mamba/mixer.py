@@ -98,6 +98,7 @@ class A2SSM(nn.Module):
         self.A_log = nn.Parameter(torch.empty(dim, 1, **dd))
         self.D = nn.Parameter(torch.empty(dim, **dd))
         self.mix = nn.Linear(num_heads, num_heads, **dd)  # across heads, for each of their dims
+        self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -164,6 +165,7 @@ class Mixer(nn.Module):
         self.norm = LayerNorm2d(dim, **dd)
         self.proj_norm = LayerNorm2d(dim, **dd)
         self.proj = nn.Conv2d(dim, dim, 1, **dd)
+        nn.init.zeros_(self.rpb)
 
     def init_weights(self) -> None:
         nn.init.zeros_(self.rpb)
@@ -230,6 +232,7 @@ class GlobalMixer(Mixer):
     def __init__(self, dim: int, *, num_heads: int, kernel_size: int, tokens: int, **dd: Any) -> None:
         super().__init__(dim, num_heads=num_heads, kernel_size=kernel_size, **dd)
         self.bias = nn.Parameter(torch.empty(1, num_heads, tokens, tokens, **dd))
+        nn.init.zeros_(self.bias)
 
     def init_weights(self) -> None:
         super().init_weights()

@@ -29,6 +29,7 @@ class ChannelScale(nn.Module):
         self.init = init
         self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.init_weights()
 
     def init_weights(self) -> None:
         nn.init.constant_(self.weight, self.init)

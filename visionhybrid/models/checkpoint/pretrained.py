@@ -91,8 +91,9 @@ def locate(name: str, tag: str | None, cache_dir: str | Path | None = None) -> P
 
 def _names(full: str, weights: Weights) -> list[str]:
     # Every hub file is called model.safetensors: in one folder only our full name tells them apart.
-    suffix = Path(weights.file).suffix
-    published = [] if weights.file in ("model.safetensors", "pytorch_model.bin") else [weights.file]
+    file = Path(weights.file)
+    suffix = file.suffix
+    published = [] if file.name in ("model.safetensors", "pytorch_model.bin") else [file.name]
     return [*published, *dict.fromkeys((f"{full}{suffix}", f"{full}.safetensors", f"{full}.pth", full))]
 
 

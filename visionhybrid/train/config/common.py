@@ -43,6 +43,7 @@ class Schedule:
     warmup_lr: float = 1e-6
     warmup_prefix: bool = False  # True: the schedule begins after the warm-up instead of under it
     min_lr: float = 0.0
+    cooldown: int = 0  # the last units of the run, all at the schedule's last rate
     milestones: tuple[int, ...] = ()  # multistep: the first unit (counted from 0) at the lower rate
     gamma: float = 0.5  # step, multistep: factor
     every: int = 0  # step: units between two factors
