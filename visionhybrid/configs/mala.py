@@ -2,8 +2,7 @@
 
 Source: arXiv:2507.00698; qhfan/MALA@7114e63 classfication_release/ (run.sh, and main.py, whose defaults are DeiT's).
 They give the batch of one process, 128, and not how many there were; 8 make the 1024 that their rule turns into a rate of 1e-3.
-ImageNet-1K is a folder with `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`: `data.root=/data/imagenet`. With fewer processes
-`loop.micro_batch=128` accumulates to the same.
+With fewer processes `loop.micro_batch=128` accumulates to the same.
 
 Different here: their sampler takes a third of the pictures an epoch, three times each, augmented anew (repeated augmentation).
 The published numbers are the paper's; nobody has trained these recipes with this package, and the authors give no times.
@@ -11,7 +10,8 @@ The published numbers are the paper's; nobody has trained these recipes with thi
 
 from __future__ import annotations
 
-from visionhybrid.train.config import Augment, Classification, Images, Loop, Model, Optim, Schedule
+from visionhybrid.configs.imagenet import AUGMENT, IMAGES
+from visionhybrid.train.config import Classification, Loop, Model, Optim, Schedule
 
 
 def mala_tiny_in1k() -> Classification:
@@ -61,25 +61,6 @@ def _in1k(size: str) -> Classification:
             seed=0,
             workers=16,
         ),
-        data=Images(
-            dataset="", root="imagenet", train="train", held_out="val", num_classes=1000, image_size=224
-        ),
-        augment=Augment(
-            scale=(0.08, 1.0),
-            ratio=(3 / 4, 4 / 3),
-            flip=0.5,
-            color_jitter=0.4,  # without effect beside RandAugment, here as there
-            policy="rand-m9-mstd0.5-inc1",
-            erase=0.25,
-            erase_mode="pixel",
-            erase_count=1,
-            mixup=0.8,
-            cutmix=1.0,
-            mix_prob=1.0,
-            mix_switch=0.5,
-            mix_mode="batch",
-            smoothing=0.1,
-            interpolation="bicubic",
-            crop=224 / 256,
-        ),
+        data=IMAGES,
+        augment=AUGMENT,
     )

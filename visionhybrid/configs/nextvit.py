@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from visionhybrid.configs.imagenet import AUGMENT, IMAGES
 from visionhybrid.train.config import Augment, Classification, Images, Loop, Model, Optim, Schedule
 
 
@@ -129,27 +130,8 @@ def _in1k(size: str) -> Classification:
             min_lr=1e-5,
         ),
         loop=Loop(batch_size=2048, epochs=300, precision="fp16", ema_decay=None, seed=0, workers=8),
-        data=Images(
-            dataset="", root="imagenet", train="train", held_out="val", num_classes=1000, image_size=224
-        ),
-        augment=Augment(
-            scale=(0.08, 1.0),
-            ratio=(3 / 4, 4 / 3),
-            flip=0.5,
-            color_jitter=0.4,  # without effect beside RandAugment, here as there
-            policy="rand-m9-mstd0.5-inc1",
-            erase=0.25,
-            erase_mode="pixel",
-            erase_count=1,
-            mixup=0.8,
-            cutmix=1.0,
-            mix_prob=1.0,
-            mix_switch=0.5,
-            mix_mode="batch",
-            smoothing=0.1,
-            interpolation="bicubic",
-            crop=224 / 256,
-        ),
+        data=IMAGES,
+        augment=AUGMENT,
     )
 
 

@@ -267,7 +267,7 @@ def _shares(
             add(child, block, kind)
 
     for event in profiler.function_events or ():
-        if event.cpu_parent is None and event.device_type == torch.autograd.DeviceType.CPU:
+        if event.cpu_parent is None and event.device_type.name == "CPU":
             add(event, "", REST)
     return found
 

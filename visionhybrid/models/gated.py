@@ -189,8 +189,11 @@ class GatedBackbone(Backbone):
                 raise ValueError(f"{name}: {heads} heads of a multiple of 4 channels do not fit width {dim}")
             mixer = partial(type(self).linear_mixer if i < 2 else SoftmaxMixer, num_heads=heads)
             block = partial(GatedBlock, mixer=mixer, mlp_ratio=mlp_ratios[i], layer_scale=layer_scale[i])
-            down = dict(downsample=partial(ConvNorm, dim=dim, stride=2), stride=2) if i else {}
-            stages.append(Stage(blocks=(block,) * depth, position=partial(_rotary, num_heads=heads), **down))
+            down = partial(ConvNorm, dim=dim, stride=2) if i else no_layer
+            position = partial(_rotary, num_heads=heads)
+            stages.append(
+                Stage(downsample=down, stride=2 if i else 1, position=position, blocks=(block,) * depth)
+            )
         half = dims[0] // 2
         spec = Spec(
             stem=partial(ConvStem, dims=(half, half, half, dims[0]), strides=(2, 1, 1, 2)),
@@ -269,7 +272,7 @@ def options(
     Raises:
         ValueError: `given` contradicts a shape, or the number of heads must be given.
     """
-    angles = [state.get(f"layers.{i}.RoPE.angle") for i in range(4)]
+    angles = [len(state[key]) for i in range(4) if (key := f"layers.{i}.RoPE.angle") in state]
     ours = convert(state)
     places = {
         (int(m[1]), int(m[2])) for key in ours if (m := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", key))
@@ -292,8 +295,8 @@ def options(
     like = next(
         (v for v in variants.values() if all(_plain(v[n]) == seen[n] for n in ("dims", "depths"))), {}
     )
-    if all(angle is not None for angle in angles):
-        seen["num_heads"] = [dim // (2 * len(angle)) for dim, angle in zip(dims, angles, strict=True)]
+    if len(angles) == 4:
+        seen["num_heads"] = [dim // (2 * angle) for dim, angle in zip(dims, angles, strict=True)]
     elif "num_heads" in like:
         seen["num_heads"] = _plain(like["num_heads"])
     elif "num_heads" not in given:
