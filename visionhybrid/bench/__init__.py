@@ -9,4 +9,5 @@ from __future__ import annotations
 SUITES: dict[str, tuple[str, str]] = {
     "models": ("visionhybrid.bench.models", "whole models and training steps beside timm and spandrel"),
     "kernels": ("visionhybrid.bench.kernels", "operators beside what one would use without them"),
+    "mixers": ("visionhybrid.bench.mixers", "mixers beside softmax attention"),
 }

@@ -1,0 +1,85 @@
+"""The `mixers` suite: each mixer beside softmax attention, on image tokens alone and with text beside them.
+
+The peer computes something else, so the agreement that the harness asks for is with the mixer itself in float64, and only the time
+is softmax's. Networks that act before the projections (LinFusion's) are not in it: `bench diffusion` has whole models.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionhybrid import mixers
+from visionhybrid.bench.harness import Case, Runner
+
+HEADS, HEAD_DIM = 4, 64
+# Names and options as in docs/mixers.md.
+CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
+    "linfusion": ("linfusion", dict(mid_dim=-1)),
+    "linear": ("linear", {}),
+    "linear_conv5": ("linear", dict(conv=5)),
+    "sla": ("sla", {}),
+    "clear_r8": ("clear", dict(radius=8)),
+    "clear_r16": ("clear", dict(radius=16)),
+    "clear_r8_down4": ("clear", dict(radius=8, down=4)),
+    "agent": ("agent", {}),
+    "neighborhood_13": ("neighborhood", dict(kernel_size=13)),
+    "neighborhood_16_blocks": ("neighborhood", dict(kernel_size=16, stride=16)),
+    "window_8": ("window", dict(window_size=8)),
+    "window_8_shifted": ("window", dict(window_size=8, shift=4)),
+    "window_16_overlapping": ("window", dict(window_size=16, overlap=0.5)),
+}
+
+
+def cases(*, quick: bool = False, only: str | None = None) -> list[Case]:
+    """The suite; `quick` takes a small grid and two rounds. `only` is the name of a mixer."""
+    if only is not None and only not in mixers.list_mixers():
+        raise ValueError(
+            f"bench mixers: --only must be one of {', '.join(mixers.list_mixers())}, got {only!r}"
+        )
+    places = [((16, 16), 8)] if quick else [((64, 64), 0), ((64, 64), 512)]
+    return [
+        Case(
+            name=f"{choice}_{'x'.join(map(str, grid))}" + (f"_text{text}" if text else ""),
+            title=f"{name}{_words(options)} on {grid[0]}x{grid[1]} tokens"
+            + (f" and {text} of text" if text else ""),
+            build=partial(_runners, name, options, grid, text),
+            rounds=2 if quick else 3,
+            judged=not quick,
+        )
+        for grid, text in places
+        for choice, (name, options) in CHOICES.items()
+        if only in (None, name)
+    ]
+
+
+def _words(options: dict[str, Any]) -> str:
+    return f"({', '.join(f'{key}={value}' for key, value in options.items())})" if options else ""
+
+
+def _runners(
+    name: str, options: dict[str, Any], grid: tuple[int, int], text: int, device: torch.device
+) -> list[Runner]:
+    shape = dict(dim=HEADS * HEAD_DIM, heads=HEADS, head_dim=HEAD_DIM)
+    generator = torch.Generator().manual_seed(0)
+    tokens = prod(grid) + text
+    # Heads are strides, as projections leave them.
+    drawn = (torch.randn(1, tokens, HEADS, HEAD_DIM, generator=generator) for _ in range(3))
+    q, k, v = (x.to(device).transpose(1, 2) for x in drawn)
+    mixer, softmax = mixers.create(name, **shape, **options).to(device), mixers.create("softmax", **shape)
+
+    @torch.inference_mode()
+    def mixed(mixer: mixers.Mixer) -> Tensor:
+        return mixer(q, k, v, grid=grid, text_tokens=text)
+
+    with torch.inference_mode():
+        exact = deepcopy(mixer).double()(q.double(), k.double(), v.double(), grid=grid, text_tokens=text)
+    return [
+        Runner(name="softmax", run=partial(mixed, softmax), output=exact.float, holds=(q, k, v)),
+        Runner(name=name, run=partial(mixed, mixer), holds=(mixer, q, k, v)),
+    ]
