@@ -146,10 +146,16 @@ def test_runs_are_taken_in_turns_and_all_kept() -> None:
         return run
 
     result = harness.measure(case(runner("a", spy("a")), runner("b", spy("b")), rounds=3), device=CPU)
-    # Comparison and warm-up, three rounds in turns, then memory: one count and the repeats, and the peer's operations.
+    # Comparison, which warms up, three rounds in turns, then memory: one count and the repeats, and the peer's operations.
     weighed = 1 + harness.MEMORY_REPEATS
-    assert "".join(calls) == "aabb" + "ababab" + "a" * weighed + "b" * weighed + "a"
+    assert "".join(calls) == "ab" + "ababab" + "a" * weighed + "b" * weighed + "a"
     assert [len(row.seconds) for row in result.runners] == [3, 3]
+
+
+def test_a_long_call_is_weighed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "LONG", 0.0)
+    result = harness.measure(case(runner("a", fill(1))), device=CPU)
+    assert len(result.peer.growth) == 1
 
 
 def test_disagreement_stops_before_anything_is_timed() -> None:
@@ -285,6 +291,32 @@ def test_plot_is_a_picture(data: report.Record, tmp_path: Path) -> None:
     path = report.plot(data, tmp_path / "plot.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_cases_of_a_family_stand_side_by_side(tmp_path: Path) -> None:
+    def at(length: int, *names: str) -> harness.Result:
+        runners = [runner(name, lambda: torch.ones(length)) for name in names]
+        return harness.measure(case(*runners, family="toys", length=length), device=CPU)
+
+    results = [at(2000, "visionhybrid"), at(1000, "peer", "visionhybrid")]
+    facts = machine.facts(CPU)
+    data = report.record("kernels", results, facts=facts, command="", quick=False, peaks=None)
+    lines = report.page([data]).splitlines()
+    start = lines.index("### toys: time and peak memory against length")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[start + 2 : start + 6]]
+    assert rows[0] == ["length", "peer", "visionhybrid"]
+    assert [row[0] for row in rows[2:]] == ["1,000", "2,000"], "shortest first"
+    assert [bool(row[1]) for row in rows[2:]] == [True, False], "the peer ends at its last length"
+    path = report.plot_lengths(data, tmp_path / "lengths.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    alone = {**data, "cases": data["cases"][:1]}
+    assert report.plot_lengths(alone, tmp_path / "none.png") is None
+
+
+def test_what_another_device_would_measure_is_listed(data: report.Record) -> None:
+    there = {**data, "not_measured": ["the GPU's part"]}
+    assert "- the GPU's part" in report.page([there])
+    assert "Not measured" not in report.page([data])
 
 
 # --- the command

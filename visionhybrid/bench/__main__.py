@@ -48,10 +48,13 @@ def run(
     torch.set_num_threads(threads or machine.cores())
     if rounds is not None and rounds < 1:
         raise ValueError(f"bench: --rounds must be at least 1, got {rounds}")
-    cases = import_module(SUITES[suite][0]).cases(quick=quick, only=only)
+    place = torch.device(device)
+    module = import_module(SUITES[suite][0])
+    elsewhere = getattr(module, "cuda_cases", None)
+    build = elsewhere if elsewhere and place.type == "cuda" else module.cases
+    cases = build(quick=quick, only=only)
     if rounds is not None:
         cases = [replace(case, rounds=rounds) for case in cases]
-    place = torch.device(device)
     facts = machine.facts(place)
     console = Console(stderr=True)
     with (
@@ -78,13 +81,22 @@ def run(
         bar.update(task, description="done", completed=len(cases))
     words = " ".join(sys.argv[1:]) if Path(sys.argv[0]).parent.name == "bench" else suite
     data = report.record(
-        suite, results, facts=facts, command=f"python -m visionhybrid.bench {words}", quick=quick, peaks=peaks
+        suite,
+        results,
+        facts=facts,
+        command=f"python -m visionhybrid.bench {words}",
+        quick=quick,
+        peaks=peaks,
+        not_measured=[f"{case.title} (a CUDA device: --device cuda)" for case in elsewhere(only=only)]
+        if elsewhere and build is not elsewhere
+        else (),
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / f"{suite}.json", json.dumps(data, indent=1) + "\n")
         write_text(out / f"{suite}.md", report.page([data]))
         report.plot(data, out / f"{suite}.png")
+        report.plot_lengths(data, out / f"{suite}_length.png")
     return data
 
 

@@ -22,6 +22,8 @@ from visionhybrid.bench import memory
 from visionhybrid.bench.floor import Peaks, name_of, operations, stopwatch
 
 MEMORY_REPEATS = 3
+# Seconds of a call beyond which its memory is taken once: long calls grow far beyond the noise of the resident set.
+LONG = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,10 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One comparison. `build(device)` returns the peer first; `judged` is false where the size is not the targets'."""
+    """One comparison. `build(device)` returns the peer first; `judged` is false where the size is not the targets'.
+
+    Cases of one `family` differ in `length` alone: the report also shows them side by side.
+    """
 
     name: str
     title: str
@@ -60,6 +65,8 @@ class Case:
     targets: tuple[Target, ...] = ()
     rounds: int = 7
     judged: bool = True
+    family: str = ""
+    length: int = 0
 
 
 @dataclass(kw_only=True)
@@ -109,6 +116,8 @@ class Result:
 
     name: str
     title: str
+    family: str
+    length: int
     operations: int
     runners: list[Measured]
     verdicts: list[Verdict]
@@ -169,7 +178,13 @@ def measure(
         for runner, row in zip(runners, rows, strict=True):
             row.floor = peaks.floor(count, row.held, runner.dtype)
     return Result(
-        name=case.name, title=case.title, operations=count, runners=rows, verdicts=_judge(case, rows)
+        name=case.name,
+        title=case.title,
+        family=case.family,
+        length=case.length,
+        operations=count,
+        runners=rows,
+        verdicts=_judge(case, rows),
     )
 
 
@@ -194,14 +209,15 @@ def _compare(case: Case, runners: Sequence[Runner]) -> list[Measured]:
                 f"(relative L2), allowed {runner.tolerance:.1e}; nothing was timed"
             )
         rows.append(Measured(name=runner.name, dtype=name_of(runner.dtype), error=error))
-        runner.run()
+        if runner.output is not None:
+            runner.run()
     return rows
 
 
 def _weigh(runner: Runner, row: Measured, device: torch.device) -> None:
     row.live = memory.live(runner.run)
     row.held = memory.held(runner.holds)
-    for _ in range(MEMORY_REPEATS):
+    for _ in range(1 if row.time > LONG else MEMORY_REPEATS):
         if device.type == "cuda":
             growth = memory.device(runner.run)
         else:

@@ -1,4 +1,4 @@
-"""The `kernels` suite: each operator beside what one would use without it.
+"""The `kernels` suite: each operator beside what one would use without it. On a GPU: `cuda.py`.
 
 The peer of an attention is often another function (softmax attention, which linear attention replaces): there the agreement
 that the harness asks for is with the operator's definition, computed another way, and only the time is the peer's.
@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visionhybrid.bench import peers
+from visionhybrid.bench.cuda import cuda_cases as cuda_cases
 from visionhybrid.bench.harness import Case, Runner, Target
 from visionhybrid.kernels.linear_attention import linear_attention
 from visionhybrid.kernels.neighborhood_attention import neighborhood_attention
 from visionhybrid.kernels.selective_scan import selective_scan
 from visionhybrid.kernels.sparse_linear_attention import sparse_linear_attention
+from visionhybrid.kernels.window_attention import window_attention
 
 OURS = "visionhybrid"
 
@@ -30,6 +33,7 @@ def cases(*, quick: bool = False, only: str | None = None) -> list[Case]:
         "selective_scan": _scan_cases(quick),
         "sparse_linear_attention": _sparse_cases(quick),
         "neighborhood_attention": _neighborhood_cases(quick),
+        "window_attention": _window_cases(quick),
     }
     if only is not None and only not in suite:
         raise ValueError(f"bench kernels: --only must be one of {', '.join(suite)}, got {only!r}")
@@ -67,56 +71,69 @@ def _both(
 
 
 def _linear_cases(quick: bool) -> list[Case]:
+    """Softmax attention stands beside it up to 16k tokens: beyond, one call of it takes minutes."""
     beside_softmax = {256: None} if quick else {4096: 18.0, 16384: 36.0}
-    lengths = (512,) if quick else (4096, 16384, 65536, 262144)
+    lengths = (256, 512) if quick else (4096, 16384, 65536, 262144)
+    short, long = lengths[0], lengths[-1]
     return [
         *(
             Case(
                 name=f"linear_attention_{N}",
-                title=f"linear_attention beside softmax attention, (2, 8, {N}, 40)",
-                build=partial(_linear, N),
-                targets=() if times is None else (_faster(times),),
-                rounds=2 if quick else 3,
+                title=f"linear_attention, (2, 8, {N}, 40), beside "
+                + ("softmax attention" if N in beside_softmax else "the formula"),
+                build=partial(_linear, N, softmax=N in beside_softmax),
+                targets=(_faster(beside_softmax[N]),) if beside_softmax.get(N) else (),
+                rounds=2 if quick else 3 if N == 16384 else 5,
                 judged=not quick,
-            )
-            for N, times in beside_softmax.items()
-        ),
-        *(
-            Case(
-                name=f"linear_attention_length_{N}",
-                title=f"linear_attention beside the formula, (2, 8, {N}, 40)",
-                build=partial(_linear_formula, N),
-                rounds=2 if quick else 7,
-                judged=not quick,
+                family="linear_attention (2, 8, N, 40)",
+                length=N,
             )
             for N in lengths
         ),
-    ]
-
-
-def _formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Linear attention as it is usually written."""
-    q, k = F.elu(q) + 1, F.elu(k) + 1
-    normaliser = q @ k.mean(-2, keepdim=True).mT + 1e-6
-    return q @ (k.mT @ v / k.shape[-2]) / normaliser
-
-
-def _linear(N: int, device: torch.device) -> list[Runner]:
-    q, k, v = (_draw(2, 8, N, 40, device=device, seed=i) for i in range(3))
-    softmax = _forward(lambda: F.scaled_dot_product_attention(q, k, v))
-    return [
-        Runner(
-            name="softmax (SDPA)", run=softmax, output=_forward(lambda: _formula(q, k, v)), holds=(q, k, v)
+        Case(
+            name="linear_attention_linear",
+            title=f"linear_attention, {long} tokens in one call, beside the same number in calls of {short}",
+            build=partial(_linear_growth, short, long),
+            targets=(Target(runner=OURS, what="time", limit=1.1),),
+            rounds=2 if quick else 5,
+            judged=not quick,
         ),
-        Runner(name=OURS, run=_forward(lambda: linear_attention(q, k, v)), holds=(q, k, v)),
     ]
 
 
-def _linear_formula(N: int, device: torch.device) -> list[Runner]:
+def _linear(N: int, device: torch.device, *, softmax: bool) -> list[Runner]:
     q, k, v = (_draw(2, 8, N, 40, device=device, seed=i) for i in range(3))
-    return [
-        Runner(name="formula", run=_forward(lambda: _formula(q, k, v)), holds=(q, k, v)),
+    formula = _forward(lambda: peers.formula(q, k, v))
+    runners = [
+        Runner(name="formula", run=formula, holds=(q, k, v)),
         Runner(name=OURS, run=_forward(lambda: linear_attention(q, k, v)), holds=(q, k, v)),
+    ]
+    if softmax:
+        full = _forward(lambda: F.scaled_dot_product_attention(q, k, v))
+        runners.insert(0, Runner(name="softmax (SDPA)", run=full, output=formula, holds=(q, k, v)))
+    return runners
+
+
+def _linear_growth(short: int, long: int, device: torch.device) -> list[Runner]:
+    """Time of the long sequence over that of its pieces, in turns: 1 means linear in the number of tokens."""
+    q, k, v = (_draw(2, 8, long, 40, device=device, seed=i) for i in range(3))
+    pieces = [tuple(x[:, :, i : i + short].contiguous() for x in (q, k, v)) for i in range(0, long, short)]
+
+    def calls() -> None:
+        for piece in pieces:
+            linear_attention(*piece)
+
+    def first() -> Tensor:
+        return linear_attention(*pieces[0])
+
+    return [
+        Runner(name=f"calls of {short}", run=_forward(calls), output=_forward(first), holds=(q, k, v)),
+        Runner(
+            name=OURS,
+            run=_forward(lambda: linear_attention(q, k, v)),
+            output=_forward(first),
+            holds=(q, k, v),
+        ),
     ]
 
 
@@ -162,25 +179,11 @@ def _scan_inputs(shape: tuple[int, int, int], N: int, device: torch.device) -> d
     ) | ({} if N == 1 else dict(C=_draw(batch, N, length, device=device, seed=5)))
 
 
-def _steps(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor, C: Tensor | None = None
-) -> Tensor:
-    """The recurrence as the authors' reference has it: decays and inputs first, then one step a token."""
-    delta = F.softplus(delta + delta_bias[:, None])
-    decay = torch.exp(torch.einsum("bdl,dn->bdln", delta, A))
-    entering = torch.einsum("bdl,bnl,bdl->bdln", delta, B, u)
-    h, out = torch.zeros_like(decay[:, :, 0]), []
-    for t in range(u.shape[2]):
-        h = decay[:, :, t] * h + entering[:, :, t]
-        out.append(h if C is None else torch.einsum("bdn,bn->bd", h, C[:, :, t]))
-    return torch.stack(out, -1)
-
-
 def _scan(shape: tuple[int, int, int], N: int, device: torch.device) -> list[Runner]:
     inputs = _scan_inputs(shape, N, device)
     holds = tuple(inputs.values())
     return [
-        Runner(name="one step a token", run=_forward(lambda: _steps(**inputs)), holds=holds),
+        Runner(name="one step a token", run=_forward(lambda: peers.steps(**inputs)), holds=holds),
         Runner(name=OURS, run=_forward(lambda: selective_scan(**inputs, delta_softplus=True)), holds=holds),
     ]
 
@@ -205,20 +208,30 @@ def _scan_copy(shape: tuple[int, int, int], device: torch.device) -> list[Runner
 
 
 def _sparse_cases(quick: bool) -> list[Case]:
-    shape = (1, 2, 512, 64) if quick else (1, 8, 8192, 64)
+    """Full attention stands beside it up to 8k tokens."""
+    lengths = (512,) if quick else (2048, 8192, 32768)
+    target = 512 if quick else 8192
+    heads = 2 if quick else 8
     common = dict(rounds=2 if quick else 3, judged=not quick)
     return [
-        Case(
-            name="sparse_linear_attention",
-            title=f"sparse_linear_attention, {shape}, 95 % sparse, beside full attention",
-            build=partial(_sparse, shape),
-            targets=(_faster(6),),
-            **common,
+        *(
+            Case(
+                name=f"sparse_linear_attention_{N}",
+                title=f"sparse_linear_attention, (1, {heads}, {N}, 64), 95 % sparse"
+                + (", beside full attention" if target >= N else ""),
+                build=partial(_sparse, (1, heads, N, 64), full=target >= N),
+                targets=(_faster(6),) if target == N else (),
+                family=f"sparse_linear_attention (1, {heads}, N, 64), 95 % sparse",
+                length=N,
+                **common,
+            )
+            for N in lengths
         ),
         Case(
             name="sparse_linear_attention_train",
-            title=f"sparse_linear_attention, {shape}, 95 % sparse, forward and backward, beside full attention",
-            build=partial(_sparse_train, shape),
+            title=f"sparse_linear_attention, (1, {heads}, {target}, 64), 95 % sparse, forward and backward, "
+            "beside full attention",
+            build=partial(_sparse_train, (1, heads, target, 64)),
             targets=(_faster(4),),
             **common,
         ),
@@ -230,18 +243,13 @@ def _sparse_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.sparse + out.linear
 
 
-def _sparse(shape: tuple[int, ...], device: torch.device) -> list[Runner]:
+def _sparse(shape: tuple[int, ...], device: torch.device, *, full: bool) -> list[Runner]:
     q, k, v = (_draw(*shape, device=device, seed=i) for i in range(3))
-    ours = _forward(lambda: _sparse_call(q, k, v))
-    return [
-        Runner(
-            name="full (SDPA)",
-            run=_forward(lambda: F.scaled_dot_product_attention(q, k, v)),
-            output=ours,
-            holds=(q, k, v),
-        ),
-        Runner(name=OURS, run=ours, holds=(q, k, v)),
-    ]
+    ours = Runner(name=OURS, run=_forward(lambda: _sparse_call(q, k, v)), holds=(q, k, v))
+    if not full:
+        return [ours]
+    dense = _forward(lambda: F.scaled_dot_product_attention(q, k, v))
+    return [Runner(name="full (SDPA)", run=dense, output=ours.run, holds=(q, k, v)), ours]
 
 
 def _sparse_train(shape: tuple[int, ...], device: torch.device) -> list[Runner]:
@@ -272,24 +280,49 @@ def _neighborhood_cases(quick: bool) -> list[Case]:
     ]
 
 
-def _gathered(q: Tensor, k: Tensor, v: Tensor, K: int) -> Tensor:
-    """Neighbourhoods as an index, keys and values gathered: (B, heads, H, W, K * K, D) of each."""
-
-    def windows(side: int) -> Tensor:
-        start = (torch.arange(side) - K // 2).clamp(0, side - K)
-        return (start[:, None] + torch.arange(K)).to(q.device)  # (side, K)
-
-    rows, columns = windows(q.shape[2])[:, None, :, None], windows(q.shape[3])[None, :, None, :]
-    keys, values = (x[:, :, rows, columns].flatten(4, 5) for x in (k, v))
-    weights = (torch.einsum("bhxyd,bhxynd->bhxyn", q, keys) * q.shape[-1] ** -0.5).softmax(-1)
-    return torch.einsum("bhxyn,bhxynd->bhxyd", weights, values)
-
-
 def _neighborhood(shape: tuple[int, ...], device: torch.device) -> list[Runner]:
     q, k, v = (_draw(*shape, device=device, seed=i) for i in range(3))
     return [
-        Runner(name="gathered", run=_forward(lambda: _gathered(q, k, v, 11)), holds=(q, k, v)),
+        Runner(name="gathered", run=_forward(lambda: peers.gathered(q, k, v, 11)), holds=(q, k, v)),
         Runner(
             name=OURS, run=_forward(lambda: neighborhood_attention(q, k, v, kernel_size=11)), holds=(q, k, v)
         ),
+    ]
+
+
+# ---- window attention
+
+
+def _window_cases(quick: bool) -> list[Case]:
+    shape = (1, 32, 32, 2, 30) if quick else (1, 128, 128, 6, 30)
+    return [
+        Case(
+            name=f"window_attention{'_train' if train else ''}",
+            title=f"window_attention, {shape}, window 16 shifted by 8, bias, "
+            + ("forward and backward, " if train else "")
+            + "beside SDPA with the bias written out",
+            build=partial(_window, shape, train=train),
+            rounds=2 if quick else 5,
+            judged=not quick,
+        )
+        for train in (False, True)
+    ]
+
+
+def _window(shape: tuple[int, ...], device: torch.device, *, train: bool) -> list[Runner]:
+    leaves = [_draw(*shape, device=device, seed=i) for i in range(3)]
+    leaves.append(_draw(shape[3], 256, 256, device=device, seed=3))
+    calls = {
+        "SDPA": lambda q, k, v, bias: peers.shifted_windows(q, k, v, bias, 16, 8),
+        OURS: lambda q, k, v, bias: window_attention(q, k, v, bias, window_size=16, shift=8),
+    }
+    if not train:
+        return [
+            Runner(name=name, run=_forward(partial(call, *leaves)), holds=tuple(leaves))
+            for name, call in calls.items()
+        ]
+    leaves, cotangent = [x.requires_grad_() for x in leaves], _draw(*shape, device=device, seed=4)
+    return [
+        Runner(name=name, run=run, output=lambda run=run: run()[0], holds=tuple(leaves))
+        for name, run in ((name, _both(call, leaves, cotangent)) for name, call in calls.items())
     ]

@@ -31,8 +31,12 @@ def record(
     command: str,
     quick: bool,
     peaks: Peaks | None,
+    not_measured: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """All that was measured, raw samples included, with where (`facts`, taken before the run) and by what."""
+    """All that was measured, raw samples included, with where (`facts`, taken before the run) and by what.
+
+    `not_measured`: what the suite promises on another device than this.
+    """
     return {
         "suite": suite,
         "quick": quick,
@@ -45,12 +49,15 @@ def record(
             {
                 "name": result.name,
                 "title": result.title,
+                "family": result.family,
+                "length": result.length,
                 "operations": result.operations,
                 "runners": [_row(row, result.peer) for row in result.runners],
                 "verdicts": [asdict(verdict) for verdict in result.verdicts],
             }
             for result in results
         ],
+        "not_measured": list(not_measured),
     }
 
 
@@ -74,7 +81,44 @@ def tables(data: Record) -> Group:
     head = [Text(f"visionhybrid.bench {data['suite']}{note}", style="bold")]
     if _busy(data):
         head.append(Text(_busy(data), style="yellow"))
-    return Group(*head, *map(_table, data["cases"]))
+    foot = [Text(f"not measured: {what}", style="dim") for what in data.get("not_measured", ())]
+    lengths = [_lengths_table(family, cases) for family, cases in families(data).items()]
+    return Group(*head, *map(_table, data["cases"]), *lengths, *foot)
+
+
+def families(data: Record) -> dict[str, list[Record]]:
+    """The cases that differ in length alone, by family, shortest first; families of one are left out."""
+    found: dict[str, list[Record]] = {}
+    for case in data["cases"]:
+        if case.get("family"):  # records of before there were families have none
+            found.setdefault(case["family"], []).append(case)
+    return {name: sorted(cases, key=lambda c: c["length"]) for name, cases in found.items() if len(cases) > 1}
+
+
+def _lengths(cases: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Time and peak memory of every runner against length: headings and rows."""
+    names = list(dict.fromkeys(row["name"] for case in cases for row in case["runners"]))
+    rows = []
+    for case in cases:
+        by_name = {row["name"]: row for row in case["runners"]}
+        cells = [
+            f"{seconds(row['time'])}, {mebibytes(row['memory'])}" if row else ""
+            for row in map(by_name.get, names)
+        ]
+        rows.append([f"{case['length']:,}", *cells])
+    return ["length", *names], rows
+
+
+def _lengths_table(family: str, cases: Sequence[Record]) -> Table:
+    view = Table(
+        title=f"\n{family}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
+    columns, rows = _lengths(cases)
+    for column in columns:
+        view.add_column(column, justify="right")
+    for row in rows:
+        view.add_row(*row)
+    return view
 
 
 def _busy(data: Record) -> str:
@@ -179,6 +223,44 @@ def plot(data: Record, path: Path) -> Path:
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
     figure.axes[0].invert_yaxis()
+    return _save(figure, path)
+
+
+def plot_lengths(data: Record, path: Path) -> Path | None:
+    """Time and peak memory against length, a line a runner; None where no family has several lengths."""
+    groups = families(data)
+    if not groups:
+        return None
+    peer("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4 * len(groups)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(groups), 2, squeeze=False)
+    for (family, cases), pair in zip(groups.items(), axes, strict=True):
+        names = _lengths(cases)[0][1:]
+        for axis, what, unit in zip(pair, ("time", "memory"), (1, 2**20), strict=True):
+            for name in names:
+                points = [
+                    (case["length"], row[what] / unit)
+                    for case in cases
+                    for row in case["runners"]
+                    if row["name"] == name
+                ]
+                axis.plot(*zip(*points, strict=True), marker="o", label=name)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_title(family, fontsize=9)
+            axis.set_xlabel("tokens")
+            axis.set_ylabel("seconds" if what == "time" else "peak MiB")
+            axis.grid(alpha=0.3)
+        pair[0].legend(fontsize=8)
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    """Written aside, then renamed."""
     aside = path.with_name(f".{path.name}")
     figure.savefig(aside, dpi=130, format="png")
     os.replace(aside, path)
@@ -223,14 +305,24 @@ def _suite(data: Record) -> Iterator[str]:
         yield f"Ceilings measured in the same process: {flops}; {data['peaks']['bytes'] / 1e9:.1f} GB/s."
     for case in data["cases"]:
         yield from _case(case)
+    for family, cases in families(data).items():
+        columns, rows = _lengths(cases)
+        yield from ("", f"### {family}: time and peak memory against length", "")
+        yield f"| {' | '.join(columns)} |"
+        yield f"|{'---|' * len(columns)}"
+        yield from (f"| {' | '.join(row)} |" for row in rows)
+    if data.get("not_measured"):
+        yield from ("", "### Not measured", "")
+        yield from (f"- {what}" for what in data["not_measured"])
 
 
 def _case(case: Record) -> Iterator[str]:
     yield ""
     yield f"### {case['title']}"
     yield ""
-    yield f"{case['operations'] / 1e9:.1f} GFLOP of matrix products and convolutions in the peer's form."
-    yield ""
+    if case["operations"]:
+        yield f"{case['operations'] / 1e9:.1f} GFLOP of matrix products and convolutions in the peer's form."
+        yield ""
     yield "| | time | x peer (quartiles) | target | x floor | peak memory | x peer | target | error |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for row in case["runners"]:
