@@ -1,0 +1,138 @@
+"""A student that imitates a teacher of the same build: by its outputs, by what chosen modules give, or module by module.
+
+    with torch.no_grad(): ...
+    found = imitate(student, teacher, names, inputs)       # both run on their own activations
+    loss = task_loss(found.prediction) + 0.5 * found.output + 0.5 * found.features      # LinFusion's
+    loss, each = regress(student, teacher, names, inputs)  # every module on the teacher's activations, one at a time
+
+Sources: LinFusion arXiv:2409.02097 eq. 7 and Huage001/LinFusion@62ef289 src/train/distill.py; grafting arXiv:2506.05340
+section 3 (the regression of single operators on the teacher's activations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Inputs = tuple[Sequence[Any], Mapping[str, Any]]  # positional and keyword arguments of both networks
+
+
+@dataclass(frozen=True)
+class Imitation:
+    """Mean squared distances to the teacher, float32 scalars. features: mean over the modules."""
+
+    prediction: Tensor  # of the student
+    output: Tensor
+    features: Tensor
+    each: dict[str, Tensor]  # module -> its share of `features`, detached
+
+
+@contextmanager
+def watched(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """What the named modules give in the forward passes inside, the last one of each."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str, module: nn.Module, args: Any, out: Any) -> None:
+        seen[name] = first(out)
+
+    handles = [model.get_submodule(name).register_forward_hook(partial(note, name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def imitate(student: nn.Module, teacher: nn.Module, names: Sequence[str], inputs: Inputs) -> Imitation:
+    """Distances of the student's output, and of the outputs of its modules `names`, to the teacher's."""
+    args, kwargs = inputs
+    with torch.no_grad(), watched(teacher, names) as wanted:
+        target = first(teacher(*args, **kwargs)).float()
+    with watched(student, names) as seen:
+        prediction = first(student(*args, **kwargs))
+    each = {name: F.mse_loss(seen[name].float(), wanted[name].float()) for name in names}
+    features = torch.stack([*each.values()]).mean() if each else prediction.new_zeros((), dtype=torch.float32)
+    distance = F.mse_loss(prediction.float(), target)
+    return Imitation(prediction, distance, features, {name: value.detach() for name, value in each.items()})
+
+
+def regress(
+    student: nn.Module, teacher: nn.Module, names: Sequence[str], inputs: Inputs
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean over `names` of |student's module(x) - teacher's module(x)|^2 / |teacher's module(x)|^2, x the teacher's own.
+
+    Where gradients are wanted they are computed as soon as the teacher passes a module, and only parameter gradients are
+    kept: the activations of one module are held at a time, however many there are.
+
+    Returns: the loss, and detached the share of each module: its relative squared error.
+    """
+    args, kwargs = inputs
+    each: dict[str, Tensor] = {}
+    gradients: dict[str, list[Tensor]] = {}
+    parameters = {
+        name: [p for p in student.get_submodule(name).parameters() if p.requires_grad] for name in names
+    }
+    wanted = torch.is_grad_enabled()
+
+    def compare(name: str, module: nn.Module, given: Any, keywords: Any, out: Any) -> None:
+        target = first(out).float()
+        with torch.set_grad_enabled(wanted):
+            got = first(student.get_submodule(name)(*given, **keywords)).float()
+            error = F.mse_loss(got, target) / target.square().mean().clamp_min(1e-12)
+            if wanted and parameters[name]:
+                gradients[name] = list(
+                    torch.autograd.grad(error, parameters[name], allow_unused=True, materialize_grads=True)
+                )
+        each[name] = error.detach()
+
+    handles = [
+        teacher.get_submodule(name).register_forward_hook(partial(compare, name), with_kwargs=True)
+        for name in names
+    ]
+    try:
+        with torch.no_grad():
+            teacher(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    loss = torch.stack([each[name] for name in names]).mean()
+    if wanted:
+        leaves = [p for name in gradients for p in parameters[name]]
+        known = [g / len(names) for grads in gradients.values() for g in grads]
+        loss = _WithGradients.apply(loss, known, *leaves)
+    return loss, each
+
+
+def relative_error(student: nn.Module, teacher: nn.Module, inputs: Inputs) -> float:
+    """|student - teacher|^2 / |teacher|^2 of the outputs."""
+    args, kwargs = inputs
+    with torch.no_grad():
+        ours, theirs = (first(net(*args, **kwargs)).double() for net in (student, teacher))
+    return float((ours - theirs).square().sum() / theirs.square().sum().clamp_min(1e-30))
+
+
+def first(out: Any) -> Tensor:
+    """The tensor in what a module returns: itself, the first of a tuple, or `.sample`."""
+    if isinstance(out, Tensor):
+        return out
+    return out[0]
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, known: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.known = known
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return (None, None, *(grads[0] * value for value in ctx.known))
