@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+import visionhybrid
 from visionhybrid import mixers
 from visionhybrid.diffusion import HybridDiT, HybridDiTPipeline
 
@@ -168,3 +169,24 @@ def test_labels_by_name_and_number():
         pipe.label_ids([3])
     with pytest.raises(ValueError, match="needs one for each image"):
         pipe()
+
+
+def test_mixers_come_and_go(tmp_path):
+    model = tiny()
+    before = model(*inputs()).sample
+    report = visionhybrid.attach(model, "linfusion", layers="blocks.1", mid_dim=4)
+    assert [(row.name, row.mixer) for row in report.rows] == [
+        ("blocks.0.attn", "softmax"),
+        ("blocks.1.attn", "linfusion"),
+    ]
+    changed = model(*inputs()).sample
+    assert not torch.allclose(changed, before)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(HybridDiT.from_pretrained(tmp_path)(*inputs()).sample, changed)
+    visionhybrid.detach(model)
+    assert torch.equal(model(*inputs()).sample, before)
+    assert model.config.mixer == ["softmax", "softmax"]
+    with pytest.raises(ValueError, match="no mixers but those"):
+        visionhybrid.detach(model)
+    with pytest.raises(ValueError, match="no attention is called"):
+        visionhybrid.attach(model, "linfusion", layers="down_blocks")

@@ -237,6 +237,22 @@ class HybridDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x = x.reshape(batch, self.out_channels, height, width)
         return Transformer2DModelOutput(sample=x) if return_dict else (x,)
 
+    def grid_of(self, size: tuple[int, ...] | None = None) -> Grid:
+        """Sides of the token grid for an input of `size`; of `sample_size` by default."""
+        height, width = size or (self.config.sample_size,) * 2
+        return height // self.config.patch_size, width // self.config.patch_size
+
+    def note_mixers(self) -> None:
+        """Make the config say which mixers the blocks have now, after `visionhybrid.attach`."""
+        now = [block.attn.mixer for block in self.blocks]
+        options: dict[str, Any] = {}
+        for mixer in now:
+            if options.setdefault(mixer.about.name, mixer.options) != mixer.options:
+                raise ValueError(
+                    f"HybridDiT: all blocks with {mixer.about.name} need the same options, to be saved"
+                )
+        self.register_to_config(mixer=[m.about.name for m in now], mixer_options=options)
+
     def _positions(self, grid: Grid, like: Tensor) -> Tensor:
         side = self.config.sample_size // self.config.patch_size
         if grid == (side, side):

@@ -9,6 +9,7 @@ How it is built
     layers.py       `Layer`, one attention module as a host sees it; `choose`, the words by which a caller picks layers
     plan.py         which mixer each layer gets, whether it can take it, and what that saves
     report.py       `Report`, what `attach`, `detach` and `describe` return
+    own.py          the host of this package's own transformers, whose attention is a mixer anyway
     diffusers/      the diffusers host: see its docstring for how an attention family is added
     timm/           the same for timm's vision transformers
 
@@ -31,7 +32,7 @@ from visionhybrid.hosts.report import Report
 __all__ = ["attach", "describe", "detach"]
 
 # top package of a model's class -> module of its host
-HOSTS = {"diffusers": "visionhybrid.hosts.diffusers"}
+HOSTS = {"visionhybrid": "visionhybrid.hosts.own", "diffusers": "visionhybrid.hosts.diffusers"}
 
 
 def attach(

@@ -12,6 +12,8 @@ from math import prod
 
 from torch import nn
 
+from visionhybrid.mixers import Mixer, create
+
 __all__ = ["Layer", "Selector", "choose"]
 
 
@@ -33,6 +35,13 @@ class Layer:
     def tokens(self) -> int | None:
         """Image tokens at the size that the grid was worked out for."""
         return None if self.grid is None else prod(self.grid)
+
+    def speedup(self, mixer: Mixer) -> float | None:
+        """Multiplications of softmax attention at this layer's size over those of `mixer`; None without a size."""
+        if self.grid is None or not prod(self.grid):
+            return None
+        full = create("softmax", dim=self.dim, heads=self.heads, head_dim=self.head_dim)
+        return full.cost(grid=self.grid).macs / max(mixer.cost(grid=self.grid).macs, 1)
 
 
 Selector = str | Callable[[Layer], bool] | Sequence["Selector"]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from math import prod
 from os import PathLike
 from typing import Any
 
@@ -22,7 +21,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
-from visionhybrid import mixers
 from visionhybrid.hosts.diffusers import core, published
 from visionhybrid.hosts.diffusers.family import SampleSize, as_pair, family_of
 from visionhybrid.hosts.layers import Layer, Selector, choose
@@ -136,13 +134,5 @@ def _row(layer: Layer, held: core.Held | None) -> Row:
         options=held.options,
         parameters=sum(p.numel() for p in mixer.parameters()),
         weights=held.weights,
-        speedup=_speedup(layer, mixer),
+        speedup=layer.speedup(mixer),
     )
-
-
-def _speedup(layer: Layer, mixer: mixers.Mixer) -> float | None:
-    """Multiplications of softmax attention at this layer's size over those of its mixer; None without a size."""
-    if layer.grid is None or not prod(layer.grid):
-        return None
-    full = mixers.create("softmax", dim=layer.dim, heads=layer.heads, head_dim=layer.head_dim)
-    return full.cost(grid=layer.grid).macs / max(mixer.cost(grid=layer.grid).macs, 1)
