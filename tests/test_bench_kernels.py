@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from visionhybrid.bench import harness, kernels
+from visionhybrid.bench import __main__, harness, kernels
 
 CPU = torch.device("cpu")
 
@@ -44,3 +44,11 @@ def test_the_gpu_suite_runs_on_a_cpu_too(each: harness.Case) -> None:
     outs = [run() for run in small]
     assert outs[0].shape == outs[-1].shape
     assert each.targets
+
+
+def test_an_operator_without_a_promise_on_a_gpu() -> None:
+    assert kernels.cuda_cases(only="neighborhood_attention") == []
+    with pytest.raises(ValueError, match=r"--only must be one of linear_attention, .*, got 'swin'"):
+        kernels.cuda_cases(only="swin")
+    with pytest.raises(ValueError, match="nothing of neighborhood_attention is measured on cuda"):
+        __main__.run("kernels", only="neighborhood_attention", device="cuda", progress=False)

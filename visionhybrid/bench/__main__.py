@@ -53,6 +53,8 @@ def run(
     elsewhere = getattr(module, "cuda_cases", None)
     build = elsewhere if elsewhere and place.type == "cuda" else module.cases
     cases = build(quick=quick, only=only)
+    if not cases:
+        raise ValueError(f"bench {suite}: nothing of {only} is measured on {device}")
     if rounds is not None:
         cases = [replace(case, rounds=rounds) for case in cases]
     facts = machine.facts(place)
