@@ -31,8 +31,8 @@ from visionhybrid.hosts.report import Report
 
 __all__ = ["attach", "describe", "detach"]
 
-# top package of a model's class -> module of its host
-HOSTS = {"visionhybrid": "visionhybrid.hosts.own", "diffusers": "visionhybrid.hosts.diffusers"}
+# package of a model's class -> module of its host
+HOSTS = {"visionhybrid.diffusion": "visionhybrid.hosts.own", "diffusers": "visionhybrid.hosts.diffusers"}
 
 
 def attach(
@@ -87,9 +87,9 @@ def describe(model: Any, *, sample_size: int | tuple[int, ...] | None = None) ->
 def _host(model: Any) -> ModuleType:
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     for cls in type(model).__mro__:
-        name = HOSTS.get(cls.__module__.partition(".")[0])
-        if name:
-            return import_module(name)
+        for package, host in HOSTS.items():
+            if f"{cls.__module__}.".startswith(f"{package}."):
+                return import_module(host)
     raise ValueError(
         f"attach: no host knows {type(model).__module__}.{type(model).__name__}; have {', '.join(HOSTS)}"
     )
