@@ -126,3 +126,27 @@ def test_rotary_angles_are_the_stored_ones():
     torch.testing.assert_close(sin[row * 5 + column], want.sin())
     with pytest.raises(ValueError, match="head_dim must be a multiple of 4, got 6"):
         RotaryGrid(6)
+
+
+def test_published_file_of_a_name(tmp_path, monkeypatch):
+    state = load_case("ravlt_t_224").state_dict()
+    untrained = {key: torch.zeros_like(value) for key, value in state.items()}
+    torch.save({"model": untrained, "model_ema": state, "epoch": 299}, tmp_path / "RAVLT_T.pth")
+    monkeypatch.setenv("VISIONHYBRID_WEIGHTS", str(tmp_path))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        want = visionhybrid.load(state)(x)  # averaged weights are preferred
+        got = timm.create_model("vh_ravlt_tiny.authors_in1k", pretrained=True).eval()(x)
+        torch.testing.assert_close(got, want, atol=0, rtol=0)
+        grey = timm.create_model("vh_ravlt_tiny", pretrained=True, in_chans=1, num_classes=3).eval()
+        assert grey(x[:, :1]).shape == (1, 3)
+        overlay = dict(file=str(tmp_path / "RAVLT_T.pth"))
+        with pytest.raises(ValueError, match="these are weights of ravlt, but vh_mala_tiny is a mala"):
+            timm.create_model("vh_mala_tiny", pretrained=True, pretrained_cfg_overlay=overlay)
+    monkeypatch.delenv("VISIONHYBRID_WEIGHTS")
+    with pytest.raises(
+        FileNotFoundError, match=r"fetch RAVLT_B\.pth from https://huggingface\.co/aldjalkdf/RAVLT"
+    ):
+        timm.create_model("vh_ravlt_base", pretrained=True, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="no published weights for vh_mala_tiny"):
+        timm.create_model("vh_mala_tiny", pretrained=True)

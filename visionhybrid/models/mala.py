@@ -1,7 +1,7 @@
 """MAViT: magnitude-aware linear attention (MALA) in two stages, softmax attention in two. arXiv:2507.00698.
 
 Official code: qhfan/MALA@7114e63, classfication_release/model.py (no licence file). Written from equations, checked against its
-numbers (`mala_*` golden cases). All but the mixer is shared with RAVLT, see gated.py.
+numbers (`mala_*` golden cases). All but the mixer is shared with RAVLT, see gated/.
 
 Ordinary linear attention is blind to the length of a query. With q, k after elu + 1, z_i = q_i . mean_j k_j / sqrt(d), the rotary
 embedding R and L_i = ordinary linear attention of the rotated features, sum_j (R_i q_i . R_j k_j) v_j / (N sqrt(d) (z_i + 1e-6)), it is

@@ -1,7 +1,7 @@
 """RAVLT: linear attention whose keys are weighted by a global query (RALA) in two stages, softmax in two. arXiv:2411.07635.
 
 Official code: qhfan/RALA@a86314f, classfication/RALA.py (no licence file; the weights' model card says MIT). Written from
-equations, checked against its numbers (`ravlt_*` golden cases). All but the mixer is shared with MALA, see gated.py.
+equations, checked against its numbers (`ravlt_*` golden cases). All but the mixer is shared with MALA, see gated/.
 
 With q, k after elu + 1, all sums over the N tokens j: g = mean q, a_j = N softmax_j(g . k_j / sqrt(d)), and
 
