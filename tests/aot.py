@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import triton
@@ -27,7 +27,7 @@ TARGETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """A kernel and what its launcher passes: element types of pointers, constants; all else is an int32."""
+    """A kernel and what its launcher passes: element types of pointers, constants, lengths of tuples; all else is an int32."""
 
     name: str
     kernel: Any
@@ -35,11 +35,18 @@ class Build:
     constants: dict[str, Any]
     floats: tuple[str, ...] = ()
     options: dict[str, Any]
+    tuples: dict[str, int] = field(default_factory=dict)
+    packed: bool = False  # strides in `tuples` are multiples of 16
 
     def source(self) -> ASTSource:
         signature, constants = {}, {}
-        for name in self.kernel.arg_names:
-            if name in self.constants:
+        for i, name in enumerate(self.kernel.arg_names):
+            if name in self.tuples:
+                length = self.tuples[name]
+                signature[name] = ("i32",) * length
+                if name.endswith("_s"):  # strides, of which the innermost is 1
+                    signature[name], constants[i, length - 1] = (*signature[name][:-1], "constexpr"), 1
+            elif name in self.constants:
                 signature[name], constants[name] = "constexpr", self.constants[name]
             elif name in self.pointers:
                 signature[name] = f"*{self.pointers[name]}"
@@ -51,8 +58,15 @@ class Build:
         aligned = {
             (i,): [["tt.divisibility", 16]]
             for i, kind in enumerate(signature.values())
-            if kind.startswith("*")
+            if kind[0].startswith("*")
         }
+        if self.packed:
+            for i, name in enumerate(self.kernel.arg_names):
+                aligned |= {
+                    (i, j): [["tt.divisibility", 16]]
+                    for j in range(self.tuples.get(name, 0) - 1)
+                    if name.endswith("_s")
+                }
         return ASTSource(self.kernel, signature, constants, aligned)
 
 
@@ -137,6 +151,52 @@ def _scan() -> Iterator[Build]:
             )
 
 
+def _window() -> Iterator[Build]:
+    from visionhybrid.kernels.window_attention import triton as windows
+
+    lengths = dict.fromkeys(("g_s", "q_s", "k_s", "v_s", "o_s", "dq_s", "dk_s", "dv_s"), 5)
+    lengths |= dict(shape=2, grid=2, shift=2)
+
+    def build(kernel, D, kind, window=(16, 16), reach=None, E=None, bias=True, shifted=False):
+        reach, E = reach or window, E or D
+        sizes = windows.blocks(kernel, window[0] * window[1], reach[0] * reach[1], D, E, kind == "fp32")
+        options = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
+        constants = sizes | dict(window=window, reach=reach, BIAS=bias, SHIFTED=shifted)
+        constants["PRECISION"] = "ieee" if kind == "fp32" else "tf32"
+        if not bias:
+            constants["bias"] = None
+        pointers = dict.fromkeys(("grad", "q", "k", "v", "bias", "out", "dq", "dk", "dv"), kind)
+        pointers |= dict.fromkeys(("lse", "delta", "parts"), "fp32")
+        if kind == "fp16":
+            pointers["bias"] = "fp32"
+        names = kernel.arg_names
+        return Build(
+            name=f"window_attention {kernel.__name__} D={D} E={E} {kind} {window} {reach} {bias=} {shifted=}",
+            kernel=kernel,
+            pointers={n: t for n, t in pointers.items() if n in names and n not in constants},
+            constants=constants,
+            floats=("scale",),
+            options=options,
+            tuples={n: length for n, length in lengths.items() if n in names},
+            packed=D % 16 == E % 16 == 0,
+        )
+
+    kernels = windows.kernels
+    for kernel in (kernels._fwd, kernels._bwd_q, kernels._bwd_kv, kernels._bwd_bias):
+        for D in (16, 24, 30, 40, 64, 128):
+            for kind in ("bf16", "fp32"):
+                yield build(kernel, D, kind)
+        for D in (30, 128):
+            yield build(kernel, D, "fp16", shifted=True)
+            yield build(kernel, D, "fp32", shifted=True)
+            yield build(kernel, D, "bf16", (7, 7), shifted=True)
+            yield build(kernel, D, "bf16", (16, 16), (24, 24))
+            yield build(kernel, D, "bf16", (3, 4), (5, 8), E=2 * D if D < 128 else 16)
+            if kernel is not kernels._bwd_bias:
+                yield build(kernel, D, "bf16", bias=False, shifted=True)
+                yield build(kernel, D, "bf16", (16, 16), (24, 24), bias=False)
+
+
 def _sparse(amd: bool) -> Iterator[Build]:
     """Every head dim, type, mask, alignment and length of block at least once in each kernel; their product was compiled once."""
     from visionhybrid.kernels.sparse_linear_attention import tiles
@@ -175,8 +235,65 @@ def _sparse(amd: bool) -> Iterator[Build]:
             )
 
 
+def _neighborhood() -> Iterator[Build]:
+    from visionhybrid.kernels.neighborhood_attention import triton as neighbours
+    from visionhybrid.kernels.neighborhood_attention.triton import launch
+
+    lengths = dict.fromkeys(
+        ("g_s", "q_s", "k_s", "v_s", "o_s", "w_s", "x_s", "lse_s", "dq_s", "dk_s", "dv_s"), 6
+    )
+    lengths |= dict.fromkeys(("length", "kernel", "dilation", "stride", "causal", "tiles", "walk"), 3)
+    fused, halves = neighbours.fused, neighbours.halves
+
+    def build(kernel, D, kind, E=None, side=(1, 64, 64), first=1, weights=None, absent=(), **flags):
+        E = E or D
+        sizes = launch.blocks(kernel, side, D, E, kind == "fp32")
+        options = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
+        constants = sizes | flags | dict(FIRST=first) | dict.fromkeys(absent)
+        constants["PRECISION"] = "ieee" if kind == "fp32" else "tf32"
+        if flags.get("BIAS") is False:
+            constants["rpb"] = None
+        pointers = dict.fromkeys(("grad", "q", "k", "v", "x", "out", "dq", "dk", "dv"), kind)
+        pointers |= dict.fromkeys(("rpb", "lse", "delta", "parts"), "fp32") | {"w": weights or kind}
+        names = kernel.arg_names
+        said = " ".join(f"{k}={v}" for k, v in flags.items())
+        return Build(
+            name=f"neighborhood_attention {kernel.__name__} D={D} E={E} {kind} {side} {first} {weights or kind} {said}",
+            kernel=kernel,
+            pointers={n: t for n, t in pointers.items() if n in names and n not in constants},
+            constants=constants,
+            floats=("scale",),
+            options=options,
+            tuples={n: length for n, length in lengths.items() if n in names},
+            packed=D % 16 == E % 16 == 0,
+        )
+
+    yield build(fused._fwd, 24, "bf16", E=64, BIAS=True)
+    yield build(fused._bwd_q, 24, "bf16", E=64, BIAS=True)
+    yield build(fused._bwd_kv, 24, "bf16", E=64, BIAS=True)
+    read = ("grad", "q", "k", "v", "rpb", "lse", "delta")
+    for D in (16, 24, 30, 40, 64, 128):
+        for kind in ("bf16", "fp32"):
+            for kernel in (fused._fwd, fused._bwd_q, fused._bwd_kv):
+                yield build(kernel, D, kind, BIAS=True)
+            yield build(halves._table, D, kind, absent=("w",), STORED=False)
+            yield build(halves._scores, D, kind, BIAS=True)
+            yield build(halves._gather, D, kind)
+            yield build(halves._scatter, D, kind)
+    for kind in ("bf16", "fp32"):
+        yield build(halves._table, 1, kind, absent=read, STORED=True)
+    for D in (24, 128):
+        for first, side in ((0, (16, 16, 16)), (1, (1, 7, 7)), (2, (1, 1, 300))):
+            for kernel in (fused._fwd, fused._bwd_q, fused._bwd_kv):
+                yield build(kernel, D, "fp16", first=first, side=side, BIAS=False)
+            yield build(halves._table, D, "bf16", first=first, side=side, absent=("w",), STORED=False)
+            yield build(halves._scores, D, "fp16", first=first, side=side, BIAS=False)
+            yield build(halves._gather, D, "bf16", first=first, side=side, weights="fp32")
+            yield build(halves._scatter, D, "bf16", first=first, side=side, weights="fp32")
+
+
 def builds(target: GPUTarget) -> list[Build]:
-    return [*_linear(), *_scan(), *_sparse(target.backend == "hip")]
+    return [*_linear(), *_scan(), *_window(), *_neighborhood(), *_sparse(target.backend == "hip")]
 
 
 def compiled(build: Build, target: GPUTarget) -> dict[str, Any]:

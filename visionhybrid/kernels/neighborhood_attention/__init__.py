@@ -9,6 +9,7 @@ Differences: any device, any dtype (accumulation in float32), any head dim, even
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from math import prod
 from typing import Any
 
@@ -20,7 +21,11 @@ from visionhybrid.kernels.neighborhood_attention import eager, plain, reference
 from visionhybrid.kernels.precision import autocast
 
 Ints = int | Sequence[int]
-BACKENDS = {"reference": reference, "eager": eager}
+BACKENDS: dict[str, Any] = {"reference": reference, "eager": eager}
+if find_spec("triton"):  # it exists for Linux only
+    from visionhybrid.kernels.neighborhood_attention import triton
+
+    BACKENDS["triton"] = triton
 
 
 def arguments(
@@ -80,7 +85,7 @@ def neighborhood_attention(
         extra: keys (B, heads, X, D) and values (B, heads, X, E) that every query sees beside its window: text, registers.
         scale: default D ** -0.5.
         return_lse: also return the natural log-sum-exp of the scores (B, heads, *spatial); it carries no gradient.
-        backend: "auto", "eager" or "reference" (float64).
+        backend: "auto", "eager", "triton" or "reference" (float64).
     Returns: (B, heads, *spatial, E) in the dtype of v.
     Raises: ValueError naming the argument, its value and what is expected.
     """

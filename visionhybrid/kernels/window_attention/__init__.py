@@ -5,15 +5,21 @@ Sources: shifted windows arXiv:2103.14030 (Swin), overlapping windows arXiv:2309
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 
 from visionhybrid.kernels.dispatch import pick
+from visionhybrid.kernels.precision import autocast
 from visionhybrid.kernels.shapes import Float, checked
 from visionhybrid.kernels.window_attention import eager, reference
 
-BACKENDS = {"reference": reference, "eager": eager}
+BACKENDS: dict[str, Any] = {"reference": reference, "eager": eager}
+if find_spec("triton"):  # it exists for Linux only
+    from visionhybrid.kernels.window_attention import triton
+
+    BACKENDS["triton"] = triton
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
@@ -36,6 +42,7 @@ def arguments(
 ) -> tuple[Any, ...]:
     """The checked, complete arguments that every backend takes."""
     op = "window_attention"
+    q, k, v = autocast(q, k, v)
     window = _pair("window_size", window_size)
     reach = window if key_window_size is None else _pair("key_window_size", key_window_size)
     step = _pair("shift", shift)
@@ -108,7 +115,7 @@ def window_attention(
             column, which then hold pieces from opposite borders, get -100 between pieces, also where the map is one window
             high. (Minus 100, not infinity: the convention of Swin's and HAT's weights.)
         scale: default `d ** -0.5`.
-        backend: "auto", "reference" (slow, float64), or "eager".
+        backend: "auto", "eager", "triton", or "reference" (slow, float64).
     Returns:
         dtype of `v`. Products accumulate in float32 (float64 for float64), float16 computes in float32 throughout.
     Raises:

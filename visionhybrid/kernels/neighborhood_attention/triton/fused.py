@@ -17,14 +17,28 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def logits(product, p, t, lo, hi, kernel, rpb, scale, FIRST: tl.constexpr, BIAS: tl.constexpr):
-    """Base-2 scores, -inf where a query sees no key; p, t, lo, hi along the axes of `product`."""
-    inside = axes.seen(t, lo, hi, FIRST)
+def logits(
+    product,
+    p,
+    t,
+    lo,
+    hi,
+    kernel,
+    rpb,
+    scale,
+    FIRST: tl.constexpr,
+    BIAS: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+):
+    """Base-2 scores, -inf where a query does not see a key."""
+    inside = axes.seen(t, lo, hi, FIRST, KEYS_FIRST)
     product = product * (scale * LOG2E)
     if BIAS:
-        table = (2 * kernel[0] - 1, 2 * kernel[1] - 1, 2 * kernel[2] - 1)
-        centre = axes.ravel((kernel[0] - 1, kernel[1] - 1, kernel[2] - 1), table)
-        row = axes.ravel(t, table) - axes.ravel(p, table) + centre
+        # Row key - query + kernel - 1 on each axis: linear in both.
+        rows1, rows2 = 2 * kernel[1] - 1, 2 * kernel[2] - 1
+        query = ((p[0] - kernel[0] + 1) * rows1 + p[1] - kernel[1] + 1) * rows2 + p[2] - kernel[2] + 1
+        key = (t[0] * rows1 + t[1]) * rows2 + t[2]
+        row = key[:, None] - query[None, :] if KEYS_FIRST else key[None, :] - query[:, None]
         product += tl.load(rpb + row, mask=inside, other=0.0).to(tl.float32) * LOG2E
     return tl.where(inside, product, float("-inf"))
 
@@ -47,49 +61,33 @@ def _fwd(
     number, head = tl.program_id(0) % count, (tl.program_id(0) // count).to(tl.int64)
     b, h = head // heads, head % heads
     g, m, first = axes.tile(number, length, dilation, tiles, QUERIES)
-    p = axes.plus(first, axes.spot(tl.arange(0, BLOCK_N), QUERIES))
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    real = axes.within(p, m)
-    lo, hi = axes.window(p, m, kernel, stride, causal)
-    start, _ = axes.window(first, m, kernel, stride, causal)
-    _, end = axes.window(axes.last(first, m, QUERIES), m, kernel, stride, causal)
-    walk = axes.steps(start, end, KEYS)
-    q_tile = axes.load(axes.head_of(q, b, h, q_s), axes.offsets(p, g, dilation, q_s), d, q_s, real, D)
-    k, v, rpb = axes.head_of(k, b, h, k_s), axes.head_of(v, b, h, v_s), table_of(rpb, h, kernel, BIAS)
+    p = axes.walked(first, 0, (1, 1), QUERIES, BLOCK_N)
+    lo, hi = axes.window(p, m, kernel, stride, causal, FIRST)
+    start, walk = axes.span(lo, hi, KEYS)
+    real = (p[0] < m[0]) & (p[1] < m[1]) & (p[2] < m[2])
+    q_tile = axes.load(q + b * q_s[0] + h * q_s[1], p, g, m, dilation, q_s, D, BLOCK_D)
+    k, v, rpb = k + b * k_s[0] + h * k_s[1], v + b * v_s[0] + h * v_s[1], table_of(rpb, h, kernel, BIAS)
     top = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     for step in range(0, walk[0] * walk[1] * walk[2]):
-        corner = axes.plus(start, axes.times(axes.unravel(step, walk), KEYS))
-        t = axes.plus(corner, axes.spot(tl.arange(0, BLOCK_M), KEYS))
-        there = axes.within(t, m)
-        k_tile = axes.load(k, axes.offsets(t, g, dilation, k_s), d, k_s, there, D)
-        product = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        s = logits(
-            product,
-            axes.down(p),
-            axes.across(t),
-            axes.down(lo),
-            axes.down(hi),
-            kernel,
-            rpb,
-            scale,
-            FIRST,
-            BIAS,
+        t = axes.walked(start, step, (walk[1], walk[2]), KEYS, BLOCK_M)
+        product = tl.dot(
+            q_tile, tl.trans(axes.load(k, t, g, m, dilation, k_s, D, BLOCK_D)), input_precision=PRECISION
         )
+        s = logits(product, p, t, lo, hi, kernel, rpb, scale, FIRST, BIAS, False)
         higher = tl.maximum(top, tl.max(s, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
         weights = tl.exp2(s - base[:, None])
         fade = tl.exp2(top - base)
         total = total * fade + tl.sum(weights, 1)
-        v_tile = axes.load(v, axes.offsets(t, g, dilation, v_s), e, v_s, there, E)
+        v_tile = axes.load(v, t, g, m, dilation, v_s, E, BLOCK_E)
         acc = acc * fade[:, None] + tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=PRECISION)
         top = higher
     total = tl.where(real, total, 1.0)
-    acc = acc / total[:, None]
-    axes.store(axes.head_of(out, b, h, o_s), axes.offsets(p, g, dilation, o_s), e, o_s, real, E, acc)
-    place = axes.head_of(lse, b, h, lse_s) + axes.offsets(p, g, dilation, lse_s)
-    tl.store(place, (top + tl.log2(total)) / LOG2E, mask=real)
+    axes.store(out + b * o_s[0] + h * o_s[1], p, g, m, dilation, o_s, E, acc / total[:, None], BLOCK_E)
+    place = b * lse_s[0] + h * lse_s[1] + axes.places(p, g, dilation, lse_s)
+    tl.store(lse + place, (top + tl.log2(total)) / LOG2E, mask=real)
 
 
 @triton.jit
@@ -102,47 +100,33 @@ def _bwd_q(
     number, head = tl.program_id(0) % count, (tl.program_id(0) // count).to(tl.int64)
     b, h = head // heads, head % heads
     g, m, first = axes.tile(number, length, dilation, tiles, QUERIES)
-    p = axes.plus(first, axes.spot(tl.arange(0, BLOCK_N), QUERIES))
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    real = axes.within(p, m)
-    lo, hi = axes.window(p, m, kernel, stride, causal)
-    start, _ = axes.window(first, m, kernel, stride, causal)
-    _, end = axes.window(axes.last(first, m, QUERIES), m, kernel, stride, causal)
-    walk = axes.steps(start, end, KEYS)
-    q_tile = axes.load(axes.head_of(q, b, h, q_s), axes.offsets(p, g, dilation, q_s), d, q_s, real, D)
-    g_tile = axes.load(axes.head_of(grad, b, h, g_s), axes.offsets(p, g, dilation, g_s), e, g_s, real, E)
-    o_tile = axes.load(axes.head_of(out, b, h, o_s), axes.offsets(p, g, dilation, o_s), e, o_s, real, E)
-    mean = tl.sum(g_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
-    place = axes.head_of(lse, b, h, lse_s) + axes.offsets(p, g, dilation, lse_s)
-    norm = tl.load(place, mask=real, other=float("inf")) * LOG2E  # weights zero where there is no query
-    tl.store(axes.head_of(delta, b, h, lse_s) + axes.offsets(p, g, dilation, lse_s), mean, mask=real)
-    k, v, rpb = axes.head_of(k, b, h, k_s), axes.head_of(v, b, h, v_s), table_of(rpb, h, kernel, BIAS)
+    p = axes.walked(first, 0, (1, 1), QUERIES, BLOCK_N)
+    lo, hi = axes.window(p, m, kernel, stride, causal, FIRST)
+    start, walk = axes.span(lo, hi, KEYS)
+    real = (p[0] < m[0]) & (p[1] < m[1]) & (p[2] < m[2])
+    q_tile = axes.load(q + b * q_s[0] + h * q_s[1], p, g, m, dilation, q_s, D, BLOCK_D)
+    g_tile = axes.load(grad + b * g_s[0] + h * g_s[1], p, g, m, dilation, g_s, E, BLOCK_E)
+    mean = tl.sum(
+        g_tile.to(tl.float32)
+        * axes.load(out + b * o_s[0] + h * o_s[1], p, g, m, dilation, o_s, E, BLOCK_E).to(tl.float32),
+        1,
+    )
+    place = b * lse_s[0] + h * lse_s[1] + axes.places(p, g, dilation, lse_s)
+    tl.store(delta + place, mean, mask=real)
+    norm = tl.load(lse + place, mask=real, other=0.0) * LOG2E
+    k, v, rpb = k + b * k_s[0] + h * k_s[1], v + b * v_s[0] + h * v_s[1], table_of(rpb, h, kernel, BIAS)
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for step in range(0, walk[0] * walk[1] * walk[2]):
-        corner = axes.plus(start, axes.times(axes.unravel(step, walk), KEYS))
-        t = axes.plus(corner, axes.spot(tl.arange(0, BLOCK_M), KEYS))
-        there = axes.within(t, m)
-        k_tile = axes.load(k, axes.offsets(t, g, dilation, k_s), d, k_s, there, D)
+        t = axes.walked(start, step, (walk[1], walk[2]), KEYS, BLOCK_M)
+        k_tile = axes.load(k, t, g, m, dilation, k_s, D, BLOCK_D)
         product = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        s = logits(
-            product,
-            axes.down(p),
-            axes.across(t),
-            axes.down(lo),
-            axes.down(hi),
-            kernel,
-            rpb,
-            scale,
-            FIRST,
-            BIAS,
+        s = logits(product, p, t, lo, hi, kernel, rpb, scale, FIRST, BIAS, False)
+        slopes = tl.dot(
+            g_tile, tl.trans(axes.load(v, t, g, m, dilation, v_s, E, BLOCK_E)), input_precision=PRECISION
         )
-        v_tile = axes.load(v, axes.offsets(t, g, dilation, v_s), e, v_s, there, E)
-        slopes = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION) - mean[:, None]
-        slopes = tl.exp2(s - norm[:, None]) * slopes
+        slopes = tl.exp2(s - norm[:, None]) * (slopes - mean[:, None])
         acc += tl.dot(slopes.to(k_tile.dtype), k_tile, input_precision=PRECISION)
-    axes.store(
-        axes.head_of(dq, b, h, dq_s), axes.offsets(p, g, dilation, dq_s), d, dq_s, real, D, acc * scale
-    )
+    axes.store(dq + b * dq_s[0] + h * dq_s[1], p, g, m, dilation, dq_s, D, acc * scale, BLOCK_D)
 
 
 @triton.jit
@@ -155,47 +139,27 @@ def _bwd_kv(
     number, head = tl.program_id(0) % count, (tl.program_id(0) // count).to(tl.int64)
     b, h = head // heads, head % heads
     g, m, first = axes.tile(number, length, dilation, tiles, KEYS)
-    t = axes.plus(first, axes.spot(tl.arange(0, BLOCK_M), KEYS))
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    there = axes.within(t, m)
-    start, end = axes.readers(first, axes.last(first, m, KEYS), m, kernel, stride, causal)
-    walk = axes.steps(start, end, QUERIES)
-    k_tile = axes.load(axes.head_of(k, b, h, k_s), axes.offsets(t, g, dilation, k_s), d, k_s, there, D)
-    v_tile = axes.load(axes.head_of(v, b, h, v_s), axes.offsets(t, g, dilation, v_s), e, v_s, there, E)
-    q, grad, rpb = axes.head_of(q, b, h, q_s), axes.head_of(grad, b, h, g_s), table_of(rpb, h, kernel, BIAS)
-    lse, delta = axes.head_of(lse, b, h, lse_s), axes.head_of(delta, b, h, lse_s)
+    t = axes.walked(first, 0, (1, 1), KEYS, BLOCK_M)
+    start, walk = axes.readers(first, m, kernel, stride, causal, KEYS, QUERIES, FIRST)
+    k_tile = axes.load(k + b * k_s[0] + h * k_s[1], t, g, m, dilation, k_s, D, BLOCK_D)
+    v_tile = axes.load(v + b * v_s[0] + h * v_s[1], t, g, m, dilation, v_s, E, BLOCK_E)
+    q, grad, rpb = q + b * q_s[0] + h * q_s[1], grad + b * g_s[0] + h * g_s[1], table_of(rpb, h, kernel, BIAS)
+    lse, delta = lse + b * lse_s[0] + h * lse_s[1], delta + b * lse_s[0] + h * lse_s[1]
     dk_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for step in range(0, walk[0] * walk[1] * walk[2]):
-        corner = axes.plus(start, axes.times(axes.unravel(step, walk), QUERIES))
-        p = axes.plus(corner, axes.spot(tl.arange(0, BLOCK_N), QUERIES))
-        real = axes.within(p, m)
-        lo, hi = axes.window(p, m, kernel, stride, causal)
-        q_tile = axes.load(q, axes.offsets(p, g, dilation, q_s), d, q_s, real, D)
+        p = axes.walked(start, step, (walk[1], walk[2]), QUERIES, BLOCK_N)
+        lo, hi = axes.window(p, m, kernel, stride, causal, FIRST)
+        q_tile = axes.load(q, p, g, m, dilation, q_s, D, BLOCK_D)
         product = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-        s = logits(
-            product,
-            axes.across(p),
-            axes.down(t),
-            axes.across(lo),
-            axes.across(hi),
-            kernel,
-            rpb,
-            scale,
-            FIRST,
-            BIAS,
-        )
-        place = axes.offsets(p, g, dilation, lse_s)
-        norm = (
-            tl.load(lse + place, mask=real, other=float("inf")) * LOG2E
-        )  # weights zero where there is no query
+        s = logits(product, p, t, lo, hi, kernel, rpb, scale, FIRST, BIAS, True)
+        real, place = (p[0] < m[0]) & (p[1] < m[1]) & (p[2] < m[2]), axes.places(p, g, dilation, lse_s)
+        norm = tl.load(lse + place, mask=real, other=0.0) * LOG2E
         mean = tl.load(delta + place, mask=real, other=0.0)
         weights = tl.exp2(s - norm[None, :])
-        g_tile = axes.load(grad, axes.offsets(p, g, dilation, g_s), e, g_s, real, E)
+        g_tile = axes.load(grad, p, g, m, dilation, g_s, E, BLOCK_E)
         dv_acc += tl.dot(weights.to(g_tile.dtype), g_tile, input_precision=PRECISION)
         slopes = weights * (tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION) - mean[None, :])
         dk_acc += tl.dot(slopes.to(q_tile.dtype), q_tile, input_precision=PRECISION)
-    axes.store(
-        axes.head_of(dk, b, h, dk_s), axes.offsets(t, g, dilation, dk_s), d, dk_s, there, D, dk_acc * scale
-    )
-    axes.store(axes.head_of(dv, b, h, dv_s), axes.offsets(t, g, dilation, dv_s), e, dv_s, there, E, dv_acc)
+    axes.store(dk + b * dk_s[0] + h * dk_s[1], t, g, m, dilation, dk_s, D, dk_acc * scale, BLOCK_D)
+    axes.store(dv + b * dv_s[0] + h * dv_s[1], t, g, m, dilation, dv_s, E, dv_acc, BLOCK_E)

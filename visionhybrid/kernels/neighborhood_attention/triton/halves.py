@@ -33,36 +33,23 @@ def _scores(
     number, head = tl.program_id(0) % count, (tl.program_id(0) // count).to(tl.int64)
     b, h = head // heads, head % heads
     g, m, first = axes.tile(number, length, dilation, tiles, QUERIES)
-    p, d = axes.plus(first, axes.spot(tl.arange(0, BLOCK_N), QUERIES)), tl.arange(0, BLOCK_D)
-    real = axes.within(p, m)
-    lo, hi = axes.window(p, m, kernel, stride, causal)
-    start, _ = axes.window(first, m, kernel, stride, causal)
-    _, end = axes.window(axes.last(first, m, QUERIES), m, kernel, stride, causal)
-    walk = axes.steps(start, end, KEYS)
-    q_tile = axes.load(axes.head_of(q, b, h, q_s), axes.offsets(p, g, dilation, q_s), d, q_s, real, D)
-    k, rpb = axes.head_of(k, b, h, k_s), table_of(rpb, h, kernel, BIAS)
-    # Slot j of a window [lo, hi) is the key lo + j: linear in both, so one subtraction an entry.
-    places = axes.offsets(p, g, dilation, w_s) - axes.ravel(lo, kernel) * w_s[5]
-    out = axes.head_of(out, b, h, w_s)
+    p = axes.walked(first, 0, (1, 1), QUERIES, BLOCK_N)
+    lo, hi = axes.window(p, m, kernel, stride, causal, FIRST)
+    start, walk = axes.span(lo, hi, KEYS)
+    q_tile = axes.load(q + b * q_s[0] + h * q_s[1], p, g, m, dilation, q_s, D, BLOCK_D)
+    k, rpb = k + b * k_s[0] + h * k_s[1], table_of(rpb, h, kernel, BIAS)
+    out += b * w_s[0] + h * w_s[1]
     for step in range(0, walk[0] * walk[1] * walk[2]):
-        corner = axes.plus(start, axes.times(axes.unravel(step, walk), KEYS))
-        t = axes.plus(corner, axes.spot(tl.arange(0, BLOCK_M), KEYS))
-        k_tile = axes.load(k, axes.offsets(t, g, dilation, k_s), d, k_s, axes.within(t, m), D)
-        product = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        s = logits(
-            product,
-            axes.down(p),
-            axes.across(t),
-            axes.down(lo),
-            axes.down(hi),
-            kernel,
-            rpb,
-            scale,
-            FIRST,
-            BIAS,
+        t = axes.walked(start, step, (walk[1], walk[2]), KEYS, BLOCK_M)
+        product = tl.dot(
+            q_tile, tl.trans(axes.load(k, t, g, m, dilation, k_s, D, BLOCK_D)), input_precision=PRECISION
         )
-        inside = axes.seen(axes.across(t), axes.down(lo), axes.down(hi), FIRST) & real[:, None]
-        tl.store(out + places[:, None] + (axes.ravel(t, kernel) * w_s[5])[None, :], s / LOG2E, mask=inside)
+        s = logits(product, p, t, lo, hi, kernel, rpb, scale, FIRST, BIAS, False)
+        tl.store(
+            out + axes.slots(p, t, lo, g, kernel, dilation, w_s, False),
+            s / LOG2E,
+            mask=axes.seen(t, lo, hi, FIRST, False),
+        )
 
 
 @triton.jit
@@ -75,24 +62,20 @@ def _gather(
     number, head = tl.program_id(0) % count, (tl.program_id(0) // count).to(tl.int64)
     b, h = head // heads, head % heads
     g, m, first = axes.tile(number, length, dilation, tiles, QUERIES)
-    p, d = axes.plus(first, axes.spot(tl.arange(0, BLOCK_N), QUERIES)), tl.arange(0, BLOCK_D)
-    real = axes.within(p, m)
-    lo, hi = axes.window(p, m, kernel, stride, causal)
-    start, _ = axes.window(first, m, kernel, stride, causal)
-    _, end = axes.window(axes.last(first, m, QUERIES), m, kernel, stride, causal)
-    walk = axes.steps(start, end, KEYS)
-    w, x = axes.head_of(w, b, h, w_s), axes.head_of(x, b, h, x_s)
-    places = axes.offsets(p, g, dilation, w_s) - axes.ravel(lo, kernel) * w_s[5]
+    p = axes.walked(first, 0, (1, 1), QUERIES, BLOCK_N)
+    lo, hi = axes.window(p, m, kernel, stride, causal, FIRST)
+    start, walk = axes.span(lo, hi, KEYS)
+    w, x = w + b * w_s[0] + h * w_s[1], x + b * x_s[0] + h * x_s[1]
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for step in range(0, walk[0] * walk[1] * walk[2]):
-        corner = axes.plus(start, axes.times(axes.unravel(step, walk), KEYS))
-        t = axes.plus(corner, axes.spot(tl.arange(0, BLOCK_M), KEYS))
-        inside = axes.seen(axes.across(t), axes.down(lo), axes.down(hi), FIRST) & real[:, None]
-        slot = places[:, None] + (axes.ravel(t, kernel) * w_s[5])[None, :]
-        w_tile = tl.load(w + slot, mask=inside, other=0.0)
-        x_tile = axes.load(x, axes.offsets(t, g, dilation, x_s), d, x_s, axes.within(t, m), D)
-        acc += _dot(w_tile, x_tile, PRECISION)
-    axes.store(axes.head_of(out, b, h, o_s), axes.offsets(p, g, dilation, o_s), d, o_s, real, D, acc * scale)
+        t = axes.walked(start, step, (walk[1], walk[2]), KEYS, BLOCK_M)
+        w_tile = tl.load(
+            w + axes.slots(p, t, lo, g, kernel, dilation, w_s, False),
+            mask=axes.seen(t, lo, hi, FIRST, False),
+            other=0.0,
+        )
+        acc += _dot(w_tile, axes.load(x, t, g, m, dilation, x_s, D, BLOCK_D), PRECISION)
+    axes.store(out + b * o_s[0] + h * o_s[1], p, g, m, dilation, o_s, D, acc * scale, BLOCK_D)
 
 
 @triton.jit
@@ -105,21 +88,61 @@ def _scatter(
     number, head = tl.program_id(0) % count, (tl.program_id(0) // count).to(tl.int64)
     b, h = head // heads, head % heads
     g, m, first = axes.tile(number, length, dilation, tiles, KEYS)
-    t, d = axes.plus(first, axes.spot(tl.arange(0, BLOCK_M), KEYS)), tl.arange(0, BLOCK_D)
-    start, end = axes.readers(first, axes.last(first, m, KEYS), m, kernel, stride, causal)
-    walk = axes.steps(start, end, QUERIES)
-    w, x = axes.head_of(w, b, h, w_s), axes.head_of(x, b, h, x_s)
+    t = axes.walked(first, 0, (1, 1), KEYS, BLOCK_M)
+    start, walk = axes.readers(first, m, kernel, stride, causal, KEYS, QUERIES, FIRST)
+    w, x = w + b * w_s[0] + h * w_s[1], x + b * x_s[0] + h * x_s[1]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for step in range(0, walk[0] * walk[1] * walk[2]):
-        corner = axes.plus(start, axes.times(axes.unravel(step, walk), QUERIES))
-        p = axes.plus(corner, axes.spot(tl.arange(0, BLOCK_N), QUERIES))
-        real = axes.within(p, m)
-        lo, hi = axes.window(p, m, kernel, stride, causal)
-        inside = axes.seen(axes.down(t), axes.across(lo), axes.across(hi), FIRST) & real[None, :]
-        places = axes.offsets(p, g, dilation, w_s) - axes.ravel(lo, kernel) * w_s[5]
-        slot = places[None, :] + (axes.ravel(t, kernel) * w_s[5])[:, None]
-        w_tile = tl.load(w + slot, mask=inside, other=0.0)
-        x_tile = axes.load(x, axes.offsets(p, g, dilation, x_s), d, x_s, real, D)
-        acc += _dot(w_tile, x_tile, PRECISION)
-    there = axes.within(t, m)
-    axes.store(axes.head_of(out, b, h, o_s), axes.offsets(t, g, dilation, o_s), d, o_s, there, D, acc * scale)
+        p = axes.walked(start, step, (walk[1], walk[2]), QUERIES, BLOCK_N)
+        lo, hi = axes.window(p, m, kernel, stride, causal, FIRST)
+        w_tile = tl.load(
+            w + axes.slots(p, t, lo, g, kernel, dilation, w_s, True),
+            mask=axes.seen(t, lo, hi, FIRST, True),
+            other=0.0,
+        )
+        acc += _dot(w_tile, axes.load(x, p, g, m, dilation, x_s, D, BLOCK_D), PRECISION)
+    axes.store(out + b * o_s[0] + h * o_s[1], t, g, m, dilation, o_s, D, acc * scale, BLOCK_D)
+
+
+@triton.jit
+def _table(
+    grad, q, k, v, rpb, lse, delta, w, parts, scale,
+    count, heads, D, E, length, kernel, dilation, stride, causal, tiles, g_s, q_s, k_s, v_s, lse_s, w_s,
+    walk, units, per_program,
+    FIRST: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """parts[part, head, step] = sum of slopes of a tile of queries and one of keys that lies by `step` from it, over the part's
+    tiles of queries in all images: an entry of that matrix stands for one relative position. STORED: slopes lie in w.
+    """
+    step, h, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    rpb = table_of(rpb, h, kernel, not STORED)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for unit in range(part * per_program, tl.minimum((part + 1) * per_program, units)):
+        b = (unit // count).to(tl.int64)
+        g, m, first = axes.tile(unit % count, length, dilation, tiles, QUERIES)
+        p = axes.walked(first, 0, (1, 1), QUERIES, BLOCK_N)
+        lo, hi = axes.window(p, m, kernel, stride, causal, FIRST)
+        corner = (first[0] - kernel[0] + 1, first[1] - kernel[1] + 1, first[2] - kernel[2] + 1)
+        t = axes.walked(corner, step, (walk[1], walk[2]), KEYS, BLOCK_M)
+        inside = axes.seen(t, lo, hi, FIRST, False)
+        if tl.max(inside.to(tl.int32)) > 0:  # not one such pair here: nothing to read
+            if STORED:
+                slot = b * w_s[0] + h * w_s[1] + axes.slots(p, t, lo, g, kernel, dilation, w_s, False)
+                slopes = tl.load(w + slot, mask=inside, other=0.0).to(tl.float32)
+            else:
+                q_tile = axes.load(q + b * q_s[0] + h * q_s[1], p, g, m, dilation, q_s, D, BLOCK_D)
+                k_tile = axes.load(k + b * k_s[0] + h * k_s[1], t, g, m, dilation, k_s, D, BLOCK_D)
+                product = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+                s = logits(product, p, t, lo, hi, kernel, rpb, scale, FIRST, True, False)
+                place = b * lse_s[0] + h * lse_s[1] + axes.places(p, g, dilation, lse_s)
+                real = (p[0] < m[0]) & (p[1] < m[1]) & (p[2] < m[2])
+                norm = tl.load(lse + place, mask=real, other=0.0) * LOG2E
+                mean = tl.load(delta + place, mask=real, other=0.0)
+                g_tile = axes.load(grad + b * g_s[0] + h * g_s[1], p, g, m, dilation, g_s, E, BLOCK_E)
+                v_tile = axes.load(v + b * v_s[0] + h * v_s[1], t, g, m, dilation, v_s, E, BLOCK_E)
+                slopes = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION) - mean[:, None]
+                slopes = tl.exp2(s - norm[:, None]) * slopes
+            acc += slopes
+    parts += ((part * tl.num_programs(1) + h) * tl.num_programs(0) + step) * BLOCK_N * BLOCK_M
+    tl.store(parts + tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], acc)
