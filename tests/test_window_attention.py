@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visionhybrid.kernels.dispatch import pick, why
-from visionhybrid.kernels.window_attention import BACKENDS, arguments, eager, window_attention
+from visionhybrid.kernels.window_attention import BACKENDS, arguments, eager, grid, window_attention
+from visionhybrid.kernels.window_attention.bands import suits
 from visionhybrid.models.checkpoint import rename
 from visionhybrid.models.hat import BLOCK_RULES, WindowAttention, table_from_official
 
@@ -115,6 +116,41 @@ def test_logits_far_outside_the_range_of_exp(dtype):
             assert err(out, window_attention(q, k, v, bias + offset, backend="reference", **options)) < limit
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shift", [0, 2])
+def test_bands_with_projections_equal_the_map(dtype, shift):
+    """What inference on a CPU runs against the operator that training runs."""
+    mixer = WindowAttention(12, 3, 4, shift=shift)
+    for p in mixer.parameters():
+        torch.nn.init.normal_(p, 0.0, 0.5)
+    mixer.to(dtype)
+    x = torch.randn(2, 8, 12, 12).to(dtype)
+    assert not suits(x)
+    want = mixer(x)
+    with torch.no_grad():
+        assert suits(x)
+        out = mixer(x)
+        with torch.device("meta"):
+            assert not suits(torch.empty(1))
+    assert out.dtype == dtype
+    assert err(out, want) < {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(dtype, 1e-6)
+    if dtype == torch.float32:
+        with torch.no_grad(), torch.autocast("cpu", torch.float16):
+            assert err(mixer(x), want) < 4e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pieces_with_large_logits_between_them(dtype):
+    """A logit of 100 between pieces weighs as much as 0 within them: minus 100 is not infinity."""
+    (q, k, v, bias), options = draw(SHAPES["one window, shifted"], dtype)
+    q, k = (torch.full_like(t, 8.0) for t in (q, k))
+    bias = torch.where(bias > 0, 0.0, -100.0)
+    want = window_attention(q, k, v, bias, backend="reference", scale=0.5, **options)
+    assert err(window_attention(q, k, v, bias, scale=0.5, **options), want) < (
+        1e-5 if dtype == torch.float32 else 0.1
+    )
+
+
 def test_gradcheck_and_second_derivative():
     q, k, v = (torch.randn(1, 4, 4, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     bias = torch.randn(2, 4, 16, dtype=torch.float64, requires_grad=True)
@@ -153,10 +189,10 @@ def test_published_numbers(case, shift):
     out = mixer(x).roll((-shift, -shift), (1, 2)).view(-1, H // 8, 8, W // 8, 8, 48).transpose(2, 3)
     case.check("out", out.reshape(-1, 64, 48)[:, ::4])
     if shift:
-        masks = eager._masks((8, 8), (shift, shift), torch.device("cpu"), torch.float32)
+        edges = grid.masks((8, 8), (shift, shift), torch.device("cpu"), torch.float32)
         rows, columns = torch.arange(H // 8) == H // 8 - 1, torch.arange(W // 8) == W // 8 - 1
         torch.testing.assert_close(
-            masks[rows.long()[:, None], columns.long()].flatten(0, 1), case.outputs["mask"]
+            edges[rows.long()[:, None], columns.long()].flatten(0, 1), case.outputs["mask"]
         )
 
 

@@ -1,0 +1,54 @@
+"""The layers of HAT that know precision and memory: linear, norm, and convolution of a residual stream in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionhybrid.models.restorer import working_dtype
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer on (B, H, W, C). On CPU it runs as a 1x1 convolution: oneDNN's is 2 x MKL's product on AMD CPUs."""
+    if x.device.type != "cpu" or torch.compiler.is_exporting():
+        return F.linear(x, weight, bias)
+    # Rows become the batch: of a batch of one, PyTorch runs a 1x1 convolution elsewhere if it has a single thread.
+    rows = x.flatten(0, 1)[:, None].permute(0, 3, 1, 2)  # (B * H, C, 1, W)
+    y = F.conv2d(rows, weight[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:3], -1)
+
+
+def accumulate(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
+    """x + alpha * y; into x where nothing is kept for a backward pass: new memory costs more than the sum."""
+    return torch.add(x, y, alpha=alpha) if torch.is_grad_enabled() else x.add_(y, alpha=alpha)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm of a stream that may be wider than the weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(
+            x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
+        )
+
+
+class StreamConv(nn.Conv2d):
+    """3x3 convolution of the residual stream itself, (B, C, H, W), which no norm keeps within float16's range."""
+
+    def __init__(self, dim: int, **dd: Any) -> None:
+        super().__init__(dim, dim, 3, padding=1, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = working_dtype(x, self.weight)
+        if kind != torch.float16:
+            return super().forward(x.to(kind))
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=1)
