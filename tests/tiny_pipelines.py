@@ -222,13 +222,79 @@ def pixart(**config):
     )
 
 
+def flux(**config):
+    """One block with two streams, two with one."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    defaults = dict(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 6, 6),
+        guidance_embeds=False,
+    )
+    return _quiet(
+        FluxPipeline(
+            transformer=_seeded(FluxTransformer2DModel, **{**defaults, **config}),
+            vae=vae(shift_factor=0.1, scaling_factor=0.36),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            text_encoder=clip_encoder(),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=t5_encoder(),
+            tokenizer_2=t5_tokenizer(),
+        )
+    )
+
+
+def wan(**config):
+    """Two blocks on a grid of frames, each with self attention and cross attention."""
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+
+    defaults = dict(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    autoencoder = _seeded(
+        AutoencoderKLWan,
+        base_dim=4,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    )
+    return _quiet(
+        WanPipeline(
+            transformer=_seeded(WanTransformer3DModel, **{**defaults, **config}),
+            vae=autoencoder,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+            text_encoder=t5_encoder(umt5=True),
+            tokenizer=t5_tokenizer(),
+        )
+    )
+
+
 def _quiet(pipeline):
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def draw(pipeline, *, size=(32, 32), seed=0, **call):
-    """One small picture as a tensor (B, H, W, 3) in [0, 1], two steps."""
+    """One small picture as a tensor (B, H, W, 3), or video (B, T, H, W, 3), in [0, 1], two steps."""
     call.setdefault("num_inference_steps", 2)
     if type(pipeline).__name__ == "DiTPipeline":
         call.setdefault("class_labels", [1])
@@ -236,5 +302,10 @@ def draw(pipeline, *, size=(32, 32), seed=0, **call):
         call = {"prompt": "a cat", "height": size[0], "width": size[1], **call}
     if type(pipeline).__name__.startswith("PixArt"):
         call = {"use_resolution_binning": False, "clean_caption": False, **call}
+    if type(pipeline).__name__ in ("FluxPipeline", "StableDiffusion3Pipeline", "WanPipeline"):
+        call = {"max_sequence_length": 32, **call}
+    if type(pipeline).__name__ == "WanPipeline":
+        call = {"num_frames": 5, **call}
     noise = torch.Generator().manual_seed(seed)
-    return torch.from_numpy(pipeline(generator=noise, output_type="np", **call).images)
+    output = pipeline(generator=noise, output_type="np", **call)
+    return torch.from_numpy(output.images if hasattr(output, "images") else output.frames)

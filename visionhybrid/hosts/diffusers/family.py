@@ -48,9 +48,9 @@ def known_models() -> list[str]:
 
 
 def _families() -> Sequence[Family]:
-    from visionhybrid.hosts.diffusers import classic
+    from visionhybrid.hosts.diffusers import classic, flux
 
-    return classic.FAMILIES
+    return (*classic.FAMILIES, *flux.FAMILIES)
 
 
 def as_pair(size: int | Sequence[int] | None) -> tuple[int, ...] | None:

@@ -1,0 +1,115 @@
+"""Mixers in real, tiny models with joint tokens, rotary embeddings or video grids: values, weights, saving."""
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+from golden import list_cases, load_case
+
+import visionhybrid
+from visionhybrid.hosts.diffusers import models
+
+pytestmark = pytest.mark.filterwarnings(
+    # diffusers' schedulers on numpy 2
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+PIPELINES = ["flux"]
+DOUBLE, SINGLE = "transformer_blocks.0.attn", "single_transformer_blocks.0.attn"
+# mixers of every sort (none, text, grid, hidden states), such that softmax attention is something else
+MIXERS = {
+    "clear": dict(radius=1.5, down=2),
+    "sla": dict(topk=0.3, block_q=16, block_k=16),
+    "linfusion": dict(zero_init=False),
+    "linear": {},
+    "neighborhood": dict(kernel_size=3),
+}
+
+
+def cases(prefix):
+    return [name for name in list_cases() if name.startswith(prefix)]
+
+
+def flux_inputs(grid=(8, 10), text=12, batch=1, **config):
+    draw = torch.Generator().manual_seed(0)
+    return dict(
+        hidden_states=torch.randn(batch, grid[0] * grid[1], 16, generator=draw),
+        encoder_hidden_states=torch.randn(batch, text, 32, generator=draw),
+        pooled_projections=torch.randn(batch, 32, generator=draw),
+        timestep=torch.full((batch,), 0.5),
+        img_ids=places(*grid),
+        txt_ids=torch.zeros(text, 3),
+    )
+
+
+def places(height, width, frame=0):
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.full_like(y, frame), y, x], -1).reshape(-1, 3).float()
+
+
+def wan_inputs(grid=(3, 4, 5), batch=1):
+    draw = torch.Generator().manual_seed(0)
+    return dict(
+        hidden_states=torch.randn(batch, 16, grid[0], 2 * grid[1], 2 * grid[2], generator=draw),
+        encoder_hidden_states=torch.randn(batch, 7, 32, generator=draw),
+        timestep=torch.full((batch,), 500),
+    )
+
+
+INPUTS = {"flux": flux_inputs, "wan": wan_inputs}
+GRIDS = {"flux": (8, 10), "wan": (3, 4, 5)}
+
+
+def transformer(name):
+    return getattr(tiny, name)().transformer
+
+
+def output(model, **inputs):
+    with torch.no_grad():
+        return model(**inputs).sample
+
+
+# ---- the published models --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", cases("clear_flux_"))
+def test_flux_with_clear(name):
+    from diffusers import FluxTransformer2DModel
+
+    case = load_case(name)
+    kwargs, state = case.facts["kwargs"], case.state_dict()
+    model = FluxTransformer2DModel(**kwargs["config"]).eval()
+    model.load_state_dict({k: v for k, v in state.items() if "spatial_weight" not in k}, strict=True)
+    model.pos_embed.theta *= kwargs["ntk_factor"]
+    trained = dict(trained_tokens=4608) if kwargs["proportional_attention"] else {}
+    visionhybrid.attach(model, "clear", radius=kwargs["r"], down=kwargs["down"], **trained)
+    if kwargs["down"] > 1:
+        for row in visionhybrid.describe(model).mixed:
+            weight = state[f"{row.name}.processor.spatial_weight"].squeeze()
+            model.get_submodule(row.name).mixer.spatial_weight.data.copy_(weight)
+    inputs = {key: case.input(key) for key in case.facts["inputs"]}
+    inputs["timestep"] = inputs["timestep"] / 1000
+    if kwargs["config"]["guidance_embeds"]:
+        inputs["guidance"] = torch.full((1,), 3.5)
+    inputs |= dict(img_ids=places(kwargs["h"], kwargs["w"]), txt_ids=torch.zeros(kwargs["text"], 3))
+    case.check("sample", output(model, **inputs))
+
+
+@pytest.mark.parametrize("name", cases("clear_attn_"))
+def test_flux_attention_with_clear(name):
+    """The authors' processor in one attention of a double or single block."""
+    case = load_case(name)
+    kwargs, state = case.facts["kwargs"], case.state_dict()
+    model = tiny.flux(attention_head_dim=kwargs["hd"], num_attention_heads=kwargs["heads"]).transformer
+    where = DOUBLE if kwargs["kind"] == "double" else SINGLE
+    attn = model.get_submodule(where)
+    attn.load_state_dict({k: v for k, v in state.items() if "spatial" not in k}, strict=True)
+    trained = dict(trained_tokens=4608) if kwargs["prop"] else {}
+    visionhybrid.attach(model, "clear", layers=where, radius=kwargs["r"], down=kwargs["down"], **trained)
+    if kwargs["down"] > 1:
+        attn.mixer.spatial_weight.data.copy_(state["processor.spatial_weight"].squeeze())
+    grid = kwargs["h"], kwargs["w"]
+    rotary = model.pos_embed(torch.cat([torch.zeros(kwargs["text"], 3), places(*grid)]))
+    inputs = {key: case.input(key) for key in case.facts["inputs"]}
+    with torch.no_grad():
+        out = attn(**inputs, image_rotary_emb=rotary, grid=grid, text_tokens=kwargs["text"])
+    for key, value in zip(case.outputs, (out,) if where == SINGLE else out, strict=True):
+        case.check(key, value)

@@ -1,0 +1,101 @@
+"""Flux: joint attention in double blocks (text and image apart) and single blocks (one sequence), rotary on all tokens.
+
+The grid. Flux gets packed tokens, and only `img_ids` (frame, y, x) say where they lie. A hook on the model reads the sides from
+them, if a mixer needs sides, and adds them and the number of text tokens to `joint_attention_kwargs`, which every attention gets.
+That is one look at a tensor's values a step, where `torch.compile(fullgraph=True)` cannot follow: give
+`joint_attention_kwargs={"grid": (H, W)}` then, in tokens, which is taken as it is. (Compiling block by block needs nothing.)
+
+CLEAR's NTK factor multiplies the base of the rotary embedding: `transformer.pos_embed.theta = 10_000 * factor`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_flux import FluxAttention
+from torch import Tensor, nn
+
+from visionhybrid.hosts.diffusers.arguments import Call, added, argument, drop
+from visionhybrid.hosts.diffusers.family import Family, SampleSize
+from visionhybrid.hosts.diffusers.joint import JointProcessor
+from visionhybrid.hosts.layers import Layer
+
+__all__ = ["FAMILIES"]
+
+PLAIN = frozenset({"FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0"})
+# places among the arguments of FluxTransformer2DModel.forward
+HIDDEN, ENCODER, IMG_IDS, KWARGS = 0, 1, 4, 7
+
+
+def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
+    """`size` in latent pixels, of which two by two are packed to a token."""
+    grid = None if size is None else tuple(side // 2 for side in size)
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, FluxAttention):
+            processor, own = type(module.processor).__name__, getattr(module.processor, "mixes", False)
+            plain = own or processor in PLAIN
+            found.append(
+                Layer(
+                    name=name,
+                    module=module,
+                    dim=module.query_dim,
+                    heads=module.heads,
+                    head_dim=module.head_dim,
+                    grid=grid,
+                    joint=True,
+                    reason=None
+                    if plain
+                    else f"its processor {processor} does more than softmax attention, and a mixer would undo that",
+                )
+            )
+    return found
+
+
+def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
+    sides = any(model.get_submodule(f"{name}.mixer").about.grids for name in names)  # pyright: ignore[reportAttributeAccessIssue]
+    handles = [model.register_forward_pre_hook(partial(_tell, sides=sides), with_kwargs=True)]
+    for name, module in model.named_modules():
+        if isinstance(module, FluxAttention) and name not in names:
+            handles.append(module.register_forward_pre_hook(drop, with_kwargs=True))
+    return handles
+
+
+def _tell(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, sides: bool) -> Call:
+    """Number of text tokens and sides of the image into joint_attention_kwargs."""
+    extra = {"text_tokens": argument(args, kwargs, ENCODER, "encoder_hidden_states").shape[1]}
+    given = argument(args, kwargs, KWARGS, "joint_attention_kwargs") or {}
+    if sides and "grid" not in given:
+        extra["grid"] = _sides(argument(args, kwargs, IMG_IDS, "img_ids"))
+    return added(args, kwargs, KWARGS, "joint_attention_kwargs", extra)
+
+
+def _sides(ids: Tensor) -> tuple[int, int]:
+    """(H, W) of the image whose tokens have places `ids`, (N, 3) or (B, N, 3): frame, y, x, row by row.
+
+    Counts the first row, since in half precision places above 256 are rounded (diffusers makes them in the prompt's type).
+    """
+    ids = ids[0] if ids.ndim == 3 else ids
+    row = ids[:, 1] == ids[0, 1]
+    width, run, frames = torch.stack(
+        [row.sum(), row.int().cumprod(0).sum(), (ids[:, 0] != ids[0, 0]).sum()]
+    ).tolist()
+    if frames or run != width or len(ids) % width:
+        raise ValueError(
+            "attach: img_ids are not one image row by row (a second one beside it, as in Flux Kontext, has no place in a "
+            "grid); use a mixer that needs none"
+        )
+    return len(ids) // width, width
+
+
+FAMILIES = (
+    Family(
+        models=("FluxTransformer2DModel",),
+        layers=_layers,
+        processor=lambda module: JointProcessor(),
+        hooks=_hooks,
+        plain=PLAIN,
+    ),
+)
