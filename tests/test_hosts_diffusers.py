@@ -318,10 +318,13 @@ def test_special_processors_are_not_replaced():
     visionhybrid.attach(unet, "linfusion", layers=MID)
 
 
-def test_describe_tells():
+def test_describe_tells(caplog):
     unet = tiny.unet()
     assert not visionhybrid.describe(unet).mixed
-    visionhybrid.attach(unet, "linfusion")
+    visionhybrid.attach(unet, "linfusion", layers="tokens > 64")
+    assert not caplog.text
+    visionhybrid.attach(unet, "linfusion", layers="mid_block")
+    assert "do more work than softmax attention at this size" in caplog.text
     report = visionhybrid.describe(unet)
     assert len(report.rows) == 8
     assert len(report.refused) == 4
@@ -332,7 +335,9 @@ def test_describe_tells():
     # at 64 tokens the gating networks cost more than softmax attention
     assert [row.name for row in report.slower] == [MID]
     assert "4 of 4 replaceable attention modules have a mixer" in str(report)
-    assert "1 of these mixers do more work than softmax" in str(report)
+    assert "1 of 4 mixers do more work than softmax attention at this size; they multiply less from" in str(
+        report
+    )
 
 
 def test_masks_are_refused_where_they_come():

@@ -24,6 +24,7 @@ class Row:
     weights: str = ""  # whose projections it uses, if not the model's own
     reason: str | None = None
     speedup: float | None = None  # multiplications of softmax attention / of the mixer, networks included
+    crossover: int | None = None  # image tokens of a square from which the mixer multiplies less
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,15 @@ class Report:
         """Layers whose mixer does more work than softmax attention would at this size."""
         return [row for row in self.mixed if row.speedup is not None and row.speedup < 1]
 
+    @property
+    def warning(self) -> str:
+        """One line about `slower`, empty if there are none."""
+        if not self.slower:
+            return ""
+        starts = [row.crossover for row in self.slower if row.crossover]
+        when = f"; they multiply less from {min(starts)} tokens on" if starts else ""
+        return f"{len(self.slower)} of {len(self.mixed)} mixers do more work than softmax attention at this size{when}"
+
     def __str__(self) -> str:
         free = [row for row in self.rows if not row.reason]
         width = max((len(row.name) for row in free), default=0)
@@ -53,10 +63,7 @@ class Report:
         lines += [_line(row, width) for row in free]
         lines += [f"not replaceable: {count} x {reason}" for reason, count in _tally(self.refused).items()]
         if self.slower:
-            lines.append(
-                f"{len(self.slower)} of these mixers do more work than softmax attention at this size; "
-                "they pay at larger ones"
-            )
+            lines.append(self.warning)
         return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ known, and a `Family` of the three, named in `family._families`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from os import PathLike
@@ -21,11 +22,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
+from visionhybrid import mixers
 from visionhybrid.hosts.diffusers import core, published
 from visionhybrid.hosts.diffusers.family import SampleSize, as_pair, family_of
 from visionhybrid.hosts.layers import Layer, Selector, choose
 from visionhybrid.hosts.plan import Mixers, plan
 from visionhybrid.hosts.report import Report, Row
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["attach", "describe", "detach"]
 
@@ -59,7 +63,10 @@ def attach(
     for denoiser, parts, tensors, name in work:
         core.install(denoiser, parts, tensors, name)
     _refresh(model)
-    return describe(model, sample_size=sample_size)
+    report = describe(model, sample_size=sample_size)
+    if report.slower:
+        logger.warning("%s: %s", report.model, report.warning)
+    return report
 
 
 def detach(model: Any, *, layers: Selector | None = None) -> Report:
@@ -128,11 +135,13 @@ def _row(layer: Layer, held: core.Held | None) -> Row:
     if held is None:
         return Row(**facts, reason=layer.reason)
     mixer: Any = layer.module.mixer
+    speedup = layer.speedup(mixer)
     return Row(
         **facts,
         mixer=held.mixer,
         options=held.options,
         parameters=sum(p.numel() for p in mixer.parameters()),
         weights=held.weights,
-        speedup=layer.speedup(mixer),
+        speedup=speedup,
+        crossover=mixers.crossover(mixer) if speedup and speedup < 1 and layer.axes == 2 else None,
     )

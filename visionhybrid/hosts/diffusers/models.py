@@ -85,7 +85,7 @@ def set_attn_processor(self: Any, processor: Any) -> None:
     ours = {f"{name}.processor": self.get_submodule(name).processor for name in self._visionhybrid.layers}
     if isinstance(processor, dict):
         lost = [key for key in ours if key in processor and not getattr(processor[key], "mixes", False)]
-        if lost:
+        if lost and len(processor) == len(self.attn_processors):  # diffusers counts first
             raise ValueError(f"set_attn_processor: {lost[0]} runs a mixer; detach that layer first")
     else:
         processor = {**dict.fromkeys(self.attn_processors, processor), **ours}
