@@ -1,4 +1,4 @@
-"""`visionhybrid generate` and `evaluate`."""
+"""`visionhybrid graft`, `generate` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,51 @@ import typer
 
 from visionhybrid.cli import show
 from visionhybrid.cli.app import Device, Json, Progress, UsageError, command, open_model, pick_device
+from visionhybrid.cli.training import Changes
+
+
+@command(
+    "  visionhybrid graft hybrid_dit_digits_linfusion teacher=runs/hybrid_dit_digits\n"
+    "  visionhybrid graft hybrid_dit_digits_sla mixer_options.topk=0.5 budget=0.01 --out runs/sla"
+)
+def graft(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A name, file.py:function, or a saved config.json.")
+    ],
+    changes: Changes = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the phases; default runs/RECIPE. What is there goes on."),
+    ] = None,
+    progress: Progress = True,
+) -> None:
+    """Put other mixers into a trained generator and train them to imitate it; says what each layer costs and saves."""
+    from visionhybrid.train import find, override
+    from visionhybrid.train.grafting import graft as run
+
+    config = override(find(recipe), changes or ())
+    out = out or Path("runs") / config.name
+    report = run(config, out, progress=progress)
+    columns = ("layer", "mixer", "own error", "output error", "ms before", "ms after", "kept")
+    show.table(
+        columns,
+        [
+            (
+                x.name,
+                x.mixer,
+                f"{x.error:.2g}",
+                f"{x.output_error:.2g}",
+                f"{1e3 * x.seconds_before:.2f}",
+                f"{1e3 * x.seconds_after:.2f}",
+                "yes" if x.kept else "no",
+            )
+            for x in report.layers
+        ],
+        right=columns[2:6],
+    )
+    for name, value in report.student.items():
+        show.fields([(name, f"{value:.4g} (teacher {report.teacher.get(name, 0.0):.4g})")])
+    typer.echo(f"report: {out / 'report.md'}\npipeline: {report.weights}")
 
 
 @command(

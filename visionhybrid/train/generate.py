@@ -87,24 +87,24 @@ class Generate:
     def loss(
         self, part: str, parts: Mapping[str, nn.Module], batch: Sample
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        image, noise, times, label = self.noise(batch)
+        noised = self.noising.noised(image, noise, times)
+        (prediction,) = parts["model"](noised, times, label, return_dict=False)
+        target = self.noising.target(image, noise, times)
+        return squared_error(prediction, target, self.noising.weight(times)), {}
+
+    def noise(self, batch: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Image, noise, times and labels of a training step; some labels are replaced by "any"."""
         image, label = batch["image"], self._labels(batch["label"])
         noise = torch.randn_like(image)
         times = self.noising.draw(len(image), image.device)
         if label is not None:
             dropped = torch.rand(len(label), device=label.device) < self.config.diffusion.drop_label
             label = torch.where(dropped, self.config.data.num_classes, label)
-        return self._error(parts["model"], image, noise, times, label), {}
+        return image, noise, times, label
 
     def _labels(self, label: Tensor) -> Tensor | None:
         return label if self.config.data.num_classes else None
-
-    def _error(
-        self, model: nn.Module, image: Tensor, noise: Tensor, times: Tensor, label: Tensor | None
-    ) -> Tensor:
-        noised = self.noising.noised(image, noise, times)
-        (prediction,) = model(noised, times, label, return_dict=False)
-        target = self.noising.target(image, noise, times)
-        return squared_error(prediction, target, self.noising.weight(times))
 
     def validate(
         self, model: nn.Module, accelerator: Accelerator, limit: int | None = None
@@ -139,6 +139,18 @@ class Generate:
         if not sums[1]:
             raise ValueError("no held-out image could be read")
         return float(sums[0] / sums[1])
+
+    def held_out_inputs(self, device: torch.device, count: int = 64) -> list[Tensor | None]:
+        """Noised held-out images, times and labels, spread over the data and the times: always the same."""
+        count = min(count, len(self.held_out))
+        places = torch.linspace(0, len(self.held_out) - 1, count).long().tolist()
+        samples = [self._held_out_sample(index, 1.0)[0] for index in places]
+        image, label = (torch.stack([sample[key] for sample in samples]) for key in ("image", "label"))
+        noise = torch.stack([_noise(image.shape[1:], mix(0, "held out", index)) for index in places])
+        times = self.noising.spread(count)
+        known = self._labels(label)
+        noised = self.noising.noised(image, noise, times)
+        return [noised.to(device), times.to(device), None if known is None else known.to(device)]
 
     def _held_out_sample(self, index: int, weight: float) -> tuple[Sample, float]:
         try:

@@ -455,9 +455,12 @@ def _prepare(net: nn.Module, loop: Loop) -> None:
     if loop.channels_last:
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if loop.grad_checkpointing:
-        if not hasattr(net, "set_grad_checkpointing"):
+        # timm's word for it, and diffusers'
+        names = ("set_grad_checkpointing", "enable_gradient_checkpointing")
+        switch = next((getattr(net, name) for name in names if hasattr(net, name)), None)
+        if switch is None:
             raise ConfigError(f"loop.grad_checkpointing: {type(net).__name__} has none")
-        net.set_grad_checkpointing(True)  # type: ignore[operator]
+        switch()
 
 
 def _optimizer(optim: Optim, net: nn.Module) -> torch.optim.Optimizer:

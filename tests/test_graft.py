@@ -1,0 +1,123 @@
+"""Grafting: other mixers in a trained generator, phase by phase."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import visionhybrid
+from visionhybrid.cli import app
+from visionhybrid.diffusion import HybridDiT, HybridDiTPipeline
+from visionhybrid.train import find, override, run
+from visionhybrid.train.config import ConfigError
+from visionhybrid.train.graft import GraftTask, changed
+from visionhybrid.train.grafting import graft
+
+TINY = [
+    "loop.batch_size=16",
+    "loop.tensorboard=false",
+    "loop.log_every=1",
+    "sampling.steps=1",
+    "sampling.each=1",
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A generator of three blocks after a few steps: not good, but not zero."""
+    folder = tmp_path_factory.mktemp("teacher")
+    words = ["model.options.num_layers=3", "model.options.attention_head_dim=8", "loop.steps=30"]
+    run(
+        override(find("hybrid_dit_digits"), [*words, "loop.batch_size=32", *TINY[1:]]), folder, progress=False
+    )
+    return folder
+
+
+def recipe(teacher, *words, mixer="linfusion"):
+    small = [f"teacher={teacher}", "alone.steps=8", "alone.lr=0.01", "whole.steps=3"]
+    return override(find(f"hybrid_dit_digits_{mixer}"), [*TINY, *small, *words])
+
+
+@pytest.mark.parametrize("mixer", ["linfusion", "sla"])
+def test_a_graft_learns_and_is_released(mixer, teacher, tmp_path):
+    report = graft(recipe(teacher, mixer=mixer), tmp_path, progress=False)
+    assert [layer.name for layer in report.layers] == [f"blocks.{i}.attn" for i in range(3)]
+    assert all(layer.kept and layer.mixer == mixer for layer in report.layers)
+    pipe = HybridDiTPipeline.from_pretrained(report.weights)
+    assert pipe.transformer.config.mixer == [mixer] * 3
+    assert json.loads((tmp_path / "report.json").read_text())["student"].keys() == {"loss", "distance"}
+    assert report.teacher["loss"] > 0
+    # it nears the teacher: the first line of the log against the last
+    lines = [json.loads(line) for line in (tmp_path / "alone" / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert losses[-1] < losses[0]
+    # the teacher is not touched
+    again = HybridDiTPipeline.from_pretrained(teacher / "pipeline").transformer
+    assert again.config.mixer in ("softmax", ["softmax"] * 3)
+
+
+def test_only_the_new_attention_is_trained(teacher):
+    task = GraftTask(recipe(teacher, "layers=blocks.1"))
+    net = task.parts()["model"]
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert trained == {f"student.blocks.1.attn.{n}" for n, _ in net.student.blocks[1].attn.named_parameters()}
+    assert not any(name.startswith("_teacher") for name in net.state_dict())
+    everything = GraftTask(recipe(teacher, "train=all")).parts()["model"]
+    assert all(p.requires_grad for p in everything.parameters())
+
+
+def test_a_budget_chooses_layers(teacher, tmp_path):
+    whole = graft(recipe(teacher, "whole.steps=0"), tmp_path / "all", progress=False)
+    costs = sorted(layer.output_error for layer in whole.layers)
+    budget = (costs[0] + costs[1]) / 2
+    part = graft(recipe(teacher, "whole.steps=1", f"budget={budget}"), tmp_path / "some", progress=False)
+    kept = [layer for layer in part.layers if layer.kept]
+    assert 0 < len(kept) < 3
+    model = HybridDiT.from_pretrained(tmp_path / "some" / "whole" / "pipeline" / "transformer")
+    assert model.config.mixer.count("linfusion") == len(kept)
+    with pytest.raises(ConfigError, match="less than any layer costs"):
+        graft(recipe(teacher, "budget=1e-12"), tmp_path / "none", progress=False)
+
+
+def test_the_command_continues_and_reports(teacher, tmp_path):
+    config = recipe(teacher, "whole.steps=1", "tune.steps=1")
+    from visionhybrid.train.config import to_json
+
+    (tmp_path / "graft.json").write_text(to_json(config))
+    words = ["graft", str(tmp_path / "graft.json"), "--out", str(tmp_path / "out"), "--no-progress"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "blocks.2.attn" in done.output
+    assert (tmp_path / "out" / "tune" / "pipeline" / "model_index.json").is_file()
+    weights = HybridDiT.from_pretrained(tmp_path / "out" / "tune" / "pipeline" / "transformer").state_dict()
+    assert CliRunner().invoke(app, words).exit_code == 0
+    again = HybridDiT.from_pretrained(tmp_path / "out" / "tune" / "pipeline" / "transformer").state_dict()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("teacher=", "name the generator"),
+        ("teacher=/nowhere", "no HybridDiT"),
+        ("mixer=softmax", "nothing to train"),
+        ("layers=blocks.7", "no attention is called"),
+        ("data.num_classes=0", "made for"),
+    ],
+)
+def test_what_cannot_be_grafted(word, message, teacher, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        graft(recipe(teacher, word), tmp_path, progress=False)
+    with pytest.raises(ConfigError, match="all 0"):
+        graft(recipe(teacher, "alone.steps=0", "whole.steps=0"), tmp_path, progress=False)
+    with pytest.raises(ConfigError, match="not for grafting"):
+        graft("hybrid_dit_digits", tmp_path)
+
+
+def test_the_changed_layers_are_told_by_mixer_and_options(teacher):
+    ours = HybridDiT.from_pretrained(teacher / "pipeline" / "transformer")
+    other = HybridDiT.from_pretrained(teacher / "pipeline" / "transformer")
+    assert changed(ours, other) == []
+    visionhybrid.attach(ours, "linfusion", layers="blocks.0")
+    assert changed(ours, other) == ["blocks.0.attn"]

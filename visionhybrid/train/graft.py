@@ -1,0 +1,134 @@
+"""One phase of a graft: a generator with new mixers learns to imitate the one they were put into. See `grafting.graft`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+import visionhybrid
+from visionhybrid.diffusion import HybridDiT
+from visionhybrid.train.config import ConfigError, Graft
+from visionhybrid.train.distill import Inputs, imitate, regress
+from visionhybrid.train.generate import Generate
+from visionhybrid.train.noising import squared_error
+from visionhybrid.train.sampler import Sample
+
+
+class Grafted(nn.Module):
+    """The student, run beside its teacher. The teacher is no part of it: not trained, not saved."""
+
+    def __init__(self, student: HybridDiT, teacher: HybridDiT, names: list[str]) -> None:
+        super().__init__()
+        self.student, self.names = student, names
+        self._teacher = [teacher.eval().requires_grad_(False)]
+
+    def forward(self, phase: str, noised: Tensor, times: Tensor, label: Tensor | None) -> Any:
+        """What the losses of `phase` are made of; by way of `forward`, so that DDP and FSDP see it."""
+        inputs: Inputs = ((noised, times, label), {"return_dict": False})
+        if phase == "tune":
+            return self.student(*inputs[0], **inputs[1])[0]
+        how = regress if phase == "alone" else imitate
+        return how(self.student, self.teacher(noised.device), self.names, inputs)
+
+    def teacher(self, device: torch.device) -> HybridDiT:
+        return self._teacher[0].to(device)  # pyright: ignore[reportReturnType]
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.student.enable_gradient_checkpointing()
+
+
+class GraftTask(Generate):
+    """See `task.Task`. Metrics beside those of `Generate`: distance, |student - teacher|^2 / |teacher|^2 on held-out images."""
+
+    def __init__(self, config: Graft) -> None:
+        super().__init__(config)
+        self.graft = config
+        if not config.teacher:
+            raise ConfigError("teacher: name the generator to imitate, as in teacher=runs/hybrid_dit_digits")
+        self.teacher = self.open(config.teacher)
+        wanted = (self.config.channels, config.data.image_size, config.data.num_classes)
+        has = self.teacher.config
+        if wanted != (has.in_channels, has.sample_size, has.num_classes):
+            raise ConfigError(
+                f"teacher: made for (channels, size, classes) {(has.in_channels, has.sample_size, has.num_classes)}, "
+                f"the recipe's data has {wanted}"
+            )
+
+    def parts(self) -> dict[str, nn.Module]:
+        config = self.graft
+        if config.model.start:
+            student = self.open(config.model.start)
+            self.notes.append(f"started from {config.model.start}")
+        else:
+            student = copy.deepcopy(self.teacher)
+            visionhybrid.attach(
+                student, config.mixer, layers=list(config.layers) or None, **config.mixer_options
+            )
+        names = changed(student, self.teacher)
+        if not names:
+            raise ConfigError("nothing to train: no mixer of the student differs from the teacher's")
+        student.requires_grad_(config.train == "all" and config.phase != "alone")
+        for name in names:
+            student.get_submodule(name).requires_grad_(True)
+        return {"model": Grafted(student, self.teacher, names)}
+
+    def loss(
+        self, part: str, parts: Mapping[str, nn.Module], batch: Sample
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        config, net = self.graft, parts["model"]
+        image, noise, times, label = self.noise(batch)
+        noised, target = self.noising.noised(image, noise, times), self.noising.target(image, noise, times)
+        found = net(config.phase, noised, times, label)
+        if config.phase == "alone":
+            loss, each = found
+            return loss, {f"error/{name}": value for name, value in each.items()}
+        weight = self.noising.weight(times)
+        if config.phase == "tune":
+            return squared_error(found, target, weight), {}
+        task = squared_error(found.prediction, target, weight)
+        logs = {"task": task, "output": found.output, "features": found.features}
+        total = (
+            config.task_weight * task
+            + config.output_weight * found.output
+            + config.feature_weight * found.features
+        )
+        return total, {name: value.detach() for name, value in logs.items()}
+
+    def validate(
+        self, model: nn.Module, accelerator: Accelerator, limit: int | None = None
+    ) -> dict[str, float]:
+        student = student_of(model)
+        found = super().validate(student, accelerator, limit)
+        teacher = self.teacher.to(accelerator.device)
+        inputs = self.held_out_inputs(accelerator.device)
+        return {**found, "distance": distance(student, teacher, inputs)}
+
+    def samples(self, model: nn.Module, folder: Path) -> list[Path]:
+        return super().samples(student_of(model), folder)
+
+    def release(self, model: nn.Module, path: Path, facts: dict[str, Any]) -> None:
+        super().release(student_of(model), path, facts)
+
+
+def student_of(model: nn.Module) -> Any:
+    """The generator itself, in training and after."""
+    return model.student if isinstance(model, Grafted) else model
+
+
+def changed(student: HybridDiT, teacher: HybridDiT) -> list[str]:
+    """The attention whose mixer differs."""
+    ours, theirs = (visionhybrid.describe(net).rows for net in (student, teacher))
+    return [a.name for a, b in zip(ours, theirs, strict=True) if (a.mixer, a.options) != (b.mixer, b.options)]
+
+
+@torch.no_grad()
+def distance(student: nn.Module, teacher: nn.Module, inputs: list[Any]) -> float:
+    """|student - teacher|^2 / |teacher|^2 of the outputs."""
+    ours, theirs = (net(*inputs, return_dict=False)[0].double() for net in (student, teacher))
+    return float((ours - theirs).square().sum() / theirs.square().sum())
