@@ -18,7 +18,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from visionhybrid.kernels.neighborhood_attention import neighborhood_aggregate, neighborhood_scores
+from visionhybrid.kernels.neighborhood_attention import neighborhood_aggregate, neighborhood_scores, shared
 from visionhybrid.kernels.precision import autocasting, wide
 from visionhybrid.kernels.selective_scan import selective_scan
 from visionhybrid.models.layers import ConvNorm, rotate
@@ -34,33 +34,53 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(1, (num_heads, -1)).permute(0, 1, 3, 4, 2)
 
 
-def join_heads(x: Tensor) -> Tensor:
-    """(B, heads, H, W, D) -> (B, C, H, W) in channels-last memory."""
-    return x.permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)
+def as_sequence(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, C, H * W), a view."""
+    return x.flatten(1, 2).transpose(1, 2)
+
+
+def join_heads(first: Tensor, second: Tensor) -> Tensor:
+    """Two halves of the heads, (B, heads / 2, H, W, D) each -> (B, C, H, W) in channels-last memory."""
+    halves = [first.permute(0, 2, 3, 1, 4), second.permute(0, 2, 3, 1, 4)]
+    return torch.cat(halves, 3).flatten(3).permute(0, 3, 1, 2)
 
 
 # ---- the operators; TorchScript cannot look into their Python
 
 
-def attend(q: Tensor, k: Tensor, rpb: Tensor, kernel_size: int, dilation: list[int]) -> Tensor:
-    """P of every pixel for its K x K neighbours: q, k (B, heads, H, W, D) -> (B, heads, H, W, K * K)."""
+def attend(q: Tensor, k: Tensor, rpb: Tensor, kernel_size: int, dilation: list[int], scale: float) -> Tensor:
+    """P of every pixel for its K x K neighbours, for `gather` alone: q, k (B, heads, H, W, D).
+
+    Compact (B, heads, H, W, K * K); in eager inference on a CPU dense by tile (`kernels.neighborhood_attention.shared`).
+    """
+    window = [kernel_size, kernel_size]
     if torch.jit.is_scripting():
-        window = [kernel_size, kernel_size]
-        scores = torch.ops.visionhybrid.neighborhood_scores(q, k, rpb, window, dilation, 1.0)
-    elif autocasting(q):  # which would round q and k
-        with torch.autocast(q.device.type, enabled=False):
-            scores = neighborhood_scores(q, k, kernel_size=kernel_size, dilation=dilation, rpb=rpb)
+        return torch.ops.visionhybrid.neighborhood_scores(q, k, rpb, window, dilation, scale).softmax(-1)
     else:
-        scores = neighborhood_scores(q, k, kernel_size=kernel_size, dilation=dilation, rpb=rpb)
-    return scores.softmax(-1)
+        return _attend(q, k, rpb, window, dilation, scale)
+
+
+def _attend(
+    q: Tensor, k: Tensor, rpb: Tensor, window: list[int], dilation: list[int], scale: float
+) -> Tensor:
+    if shared.unsupported(q, k, rpb) is None and not torch.compiler.is_compiling():
+        return shared.weights(q, k, rpb, window, dilation, scale)
+    options = dict(kernel_size=window, dilation=dilation, rpb=rpb, scale=scale)
+    if autocasting(q):  # which would round q and k
+        with torch.autocast(q.device.type, enabled=False):
+            return neighborhood_scores(q, k, **options).softmax(-1)
+    return neighborhood_scores(q, k, **options).softmax(-1)
 
 
 def gather(weights: Tensor, x: Tensor, kernel_size: int, dilation: list[int]) -> Tensor:
-    """The neighbours' x (B, heads, H, W, D), summed with the weights P."""
+    """The neighbours' x (B, heads, H, W, D), summed with the weights P of `attend`."""
+    window = [kernel_size, kernel_size]
     if torch.jit.is_scripting():
-        window = [kernel_size, kernel_size]
         return torch.ops.visionhybrid.neighborhood_aggregate(weights, x, window, dilation)
-    return neighborhood_aggregate(weights, x, kernel_size=kernel_size, dilation=dilation)
+    elif weights.dim() < x.dim():
+        return shared.aggregate(weights, x, window, dilation)
+    else:
+        return neighborhood_aggregate(weights, x, kernel_size=window, dilation=dilation)
 
 
 def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor) -> Tensor:
@@ -119,24 +139,32 @@ class A2SSM(nn.Module):
         dilation: list[int] | None = None,
     ) -> Tensor:
         """`near` and `far` are P of the first and the second half of the heads; without them every state stays where it is."""
-        u = F.silu(self.conv(z))
-        parts = F.conv2d(u, self.x_proj[:, :, None, None])
-        delta = F.conv2d(parts[:, : self.rank], self.dt_proj[:, :, None, None])
-        B, C = parts[:, self.rank : self.rank + 1], parts[:, self.rank + 1 :]
+        u = F.silu(self.conv(z)).permute(0, 2, 3, 1)  # (B, H, W, C)
+        parts = F.linear(u, self.x_proj)
+        delta = F.linear(parts[..., : self.rank], self.dt_proj)
+        B, C = parts[..., self.rank : self.rank + 1], parts[..., self.rank + 1 :]
         A = -wide(self.A_log).exp()
-        h = scan(u.flatten(2), delta.flatten(2), A, B.flatten(2), self.dt_bias)
-        h = h.unflatten(2, u.shape[2:])
+        h = scan(as_sequence(u), as_sequence(delta), A, as_sequence(B), self.dt_bias)
+        h = split_heads(h.unflatten(2, u.shape[1:3]), self.num_heads)  # (B, heads, H, W, D)
         if near is not None and far is not None and dilation is not None:
-            h = self._spread(h, near, far, kernel_size, dilation)
-        return (h * C + u * self.D[:, None, None]).to(self.D.dtype)
+            first, second = h.chunk(2, 1)
+            h = torch.cat(
+                [gather(near, first, kernel_size, [1, 1]), gather(far, second, kernel_size, dilation)], 1
+            )
+            h = self._mix(h)
+        skip = (wide(u) * self.D).unflatten(3, (self.num_heads, -1))  # (B, H, W, heads, D)
+        y = torch.addcmul(skip, h.permute(0, 2, 3, 1, 4), C[..., None].to(h.dtype))
+        return y.flatten(3).permute(0, 3, 1, 2).to(self.D.dtype)
 
-    def _spread(self, h: Tensor, near: Tensor, far: Tensor, kernel_size: int, dilation: list[int]) -> Tensor:
-        first, second = split_heads(h, self.num_heads).chunk(2, 1)
-        first = gather(near, first, kernel_size, [1, 1])
-        second = gather(far, second, kernel_size, dilation)
-        h = torch.cat([first, second], 1)
+    def _mix(self, h: Tensor) -> Tensor:
+        """Not `self.mix(h)`: autocast would round the states."""
+        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript
+            if autocasting(h):
+                with torch.autocast(h.device.type, enabled=False):
+                    return self._mix(h)
+        flat = h.flatten(2)
         weight, bias = self.mix.weight.to(h.dtype), self.mix.bias.to(h.dtype)
-        return join_heads((weight @ h.flatten(2) + bias[:, None]).view_as(h))
+        return torch.baddbmm(bias[:, None], weight.expand(len(h), -1, -1), flat).view_as(h)
 
 
 # ---- the mixers
@@ -176,18 +204,24 @@ class Mixer(nn.Module):
         local = self.lepe(v)
         K, n, H, W = self.kernel_size, self.num_heads, x.shape[2], x.shape[3]
         dilation = [adaptive_dilation(H, K), adaptive_dilation(W, K)]
-        q = self._rotate(q, position) * self.scale
-        k = self._rotate(k, position)
+        q, k = self._rotate(q, position), self._rotate(k, position)
         (q1, q2), (k1, k2), (v1, v2) = q.chunk(2, 1), k.chunk(2, 1), split_heads(v, n).chunk(2, 1)
-        near = attend(q1, k1, self.rpb, K, [1, 1])
+        near = attend(q1, k1, self.rpb, K, [1, 1], self.scale)
         y1 = gather(near, v1, K, [1, 1])
-        far = attend(q2, k2, self.rpb, K, dilation)
+        far = attend(q2, k2, self.rpb, K, dilation, self.scale)
         y2 = gather(far, y1 + v2, K, dilation)
-        z = self.spread(torch.cat([y1, y2], 1), q, k, near, far, dilation)
+        z = self.spread(join_heads(y1, y2), q, k, near, far, dilation)
         return self._project((self.norm(z) + local) * gate)
 
     def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
         x = split_heads(wide(x), self.num_heads)
+        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript
+            if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+                # One pass over numbers that lie as they came, where `rotate` makes four.
+                pairs = x.unflatten(-1, (-1, 2))
+                pairs = pairs if pairs.stride(-1) == 1 else pairs.contiguous()
+                turn = torch.complex(position[0], position[1]).unflatten(0, x.shape[2:4])
+                return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
         return rotate(x.flatten(2, 3), position).view_as(x)
 
     def _project(self, x: Tensor) -> Tensor:
@@ -200,7 +234,7 @@ class Mixer(nn.Module):
     def spread(
         self, z: Tensor, q: Tensor, k: Tensor, near: Tensor, far: Tensor, dilation: list[int]
     ) -> Tensor:
-        """(B, heads, H, W, D), with all that the neighbourhood attention was made of -> (B, C, H, W)."""
+        """(B, C, H, W), with all that the neighbourhood attention was made of -> (B, C, H, W)."""
         raise NotImplementedError
 
 
@@ -215,7 +249,7 @@ class StateSpaceMixer(Mixer):
     def spread(
         self, z: Tensor, q: Tensor, k: Tensor, near: Tensor, far: Tensor, dilation: list[int]
     ) -> Tensor:
-        return self.ssm(join_heads(z), near, far, self.kernel_size, dilation)
+        return self.ssm(z, near, far, self.kernel_size, dilation)
 
 
 @register_notrace_module
@@ -245,11 +279,13 @@ class GlobalMixer(Mixer):
         out = F.scaled_dot_product_attention(
             q.flatten(2, 3).to(z.dtype),
             k.flatten(2, 3).to(z.dtype),
-            z.flatten(2, 3),
+            split_heads(z, self.num_heads).flatten(2, 3),
             attn_mask=bias.to(z.dtype),
-            scale=1.0,
+            scale=self.scale,
         )
-        return join_heads(out.view_as(z)).to(self.proj.weight.dtype)
+        out = out.unflatten(2, q.shape[2:4])
+        first, second = out.chunk(2, 1)
+        return join_heads(first, second).to(self.proj.weight.dtype)
 
 
 _RESIZED = WeakTensorKeyDictionary()  # table -> (its state and size, the same resized)
