@@ -84,7 +84,7 @@ def test_list_is_a_table_and_json():
     assert lines[0].split() == ["name", "task", "scale", "parameters", "weights"]
     assert [line.split()[0] for line in lines[1:]] == ["vh_hat_large_x4", "vh_hat_small_x4"]
     assert lines[2].split()[1:4] == ["restoration", "x4", "9.6M"]
-    found = json.loads(run("list", "--task", "classification", "--filter", "*small", "--json").stdout)
+    found = json.loads(run("list", "--task", "classification", "--filter", "vh_next*small", "--json").stdout)
     assert [entry["name"] for entry in found] == ["vh_nextvit_small"]
     assert found[0]["parameters"] == 31_763_368
     assert "vh_nextvit_small.bd_in1k" in found[0]["weights"]
@@ -332,7 +332,7 @@ def test_train_errors(tmp_path):
 
 def test_demo_passes_its_folder_on(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("visionhybrid.demo.run", lambda out: asked.append(out) or out / "report.html")
+    monkeypatch.setattr("visionhybrid.demo.run", lambda out, seed: asked.append((out, seed)) or out / "report.html")
     assert run("demo", "--out", tmp_path).stdout == f"report: {tmp_path / 'report.html'}\n"
     assert asked == [tmp_path]
 
