@@ -1,5 +1,7 @@
 """Mixers in real, tiny models with joint tokens, rotary embeddings or video grids: values, weights, saving."""
 
+import logging
+
 import pytest
 import tiny_pipelines as tiny
 import torch
@@ -12,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings(
     # diffusers' schedulers on numpy 2
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
-PIPELINES = ["flux"]
+PIPELINES = ["flux", "wan"]
 DOUBLE, SINGLE = "transformer_blocks.0.attn", "single_transformer_blocks.0.attn"
 # mixers of every sort (none, text, grid, hidden states), such that softmax attention is something else
 MIXERS = {
@@ -113,3 +115,68 @@ def test_flux_attention_with_clear(name):
         out = attn(**inputs, image_rotary_emb=rotary, grid=grid, text_tokens=kwargs["text"])
     for key, value in zip(case.outputs, (out,) if where == SINGLE else out, strict=True):
         case.check(key, value)
+
+
+# ---- attach, detach, describe ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_is_changed_and_given_back(name):
+    pipe = getattr(tiny, name)()
+    before = tiny.draw(pipe)
+    report = visionhybrid.attach(pipe, "linfusion", zero_init=False)
+    assert len(report.mixed) == len([row for row in report.rows if not row.reason]) > 1
+    assert not torch.allclose(tiny.draw(pipe), before, atol=1e-4)
+    report = visionhybrid.detach(pipe)
+    assert not report.mixed
+    assert type(pipe.transformer).__module__.startswith("diffusers.")
+    assert torch.equal(tiny.draw(pipe), before)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_softmax_as_a_mixer_is_the_model_itself(name, fused):
+    """All that the host does around the mixer (both streams, norms, rotary, order) is diffusers' own computation."""
+    model, inputs = transformer(name), INPUTS[name](batch=2)
+    before = output(model, **inputs)
+    visionhybrid.attach(model, "softmax")
+    if fused:
+        model.fuse_qkv_projections()
+    torch.testing.assert_close(output(model, **inputs), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_mixers_get_grid_and_text(name, mixer):
+    model, inputs = transformer(name), INPUTS[name]()
+    before = output(model, **inputs)
+    visionhybrid.attach(model, mixer, **MIXERS[mixer])
+    seen = []
+    for row in visionhybrid.describe(model).mixed:
+        module = model.get_submodule(row.name).mixer
+        module.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    changed = output(model, **inputs)
+    assert (changed - before).abs().max() > 1e-3
+    grid, needed = GRIDS[name], bool(module.about.grids)
+    tokens = 1
+    for side in grid:
+        tokens *= side
+    told = name != "flux" or needed  # Flux's places are only looked at if a mixer needs them
+    assert {call["grid"] for call in seen} == {grid if told else (tokens,)}
+    text = inputs["encoder_hidden_states"].shape[1]
+    assert {call.get("text_tokens", 0) for call in seen} == {0 if name == "wan" else text}
+    visionhybrid.detach(model)
+    assert torch.equal(output(model, **inputs), before)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_some_layers_only(name, caplog, monkeypatch):
+    """Attention without a mixer gets neither grid nor text tokens, and diffusers has nothing to warn of."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    model, inputs = transformer(name), INPUTS[name]()
+    before = output(model, **inputs)
+    first = next(row.name for row in visionhybrid.describe(model).rows if not row.reason)
+    report = visionhybrid.attach(model, "neighborhood", layers=first, kernel_size=3)
+    assert [row.name for row in report.mixed] == [first]
+    assert not torch.allclose(output(model, **inputs), before, atol=1e-4)
+    assert not caplog.records

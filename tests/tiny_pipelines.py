@@ -253,7 +253,12 @@ def flux(**config):
 
 def wan(**config):
     """Two blocks on a grid of frames, each with self attention and cross attention."""
-    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+    from diffusers import (
+        AutoencoderKLWan,
+        FlowMatchEulerDiscreteScheduler,
+        WanPipeline,
+        WanTransformer3DModel,
+    )
 
     defaults = dict(
         patch_size=(1, 2, 2),

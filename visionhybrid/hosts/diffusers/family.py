@@ -48,9 +48,9 @@ def known_models() -> list[str]:
 
 
 def _families() -> Sequence[Family]:
-    from visionhybrid.hosts.diffusers import classic, flux
+    from visionhybrid.hosts.diffusers import classic, flux, wan
 
-    return (*classic.FAMILIES, *flux.FAMILIES)
+    return (*classic.FAMILIES, *flux.FAMILIES, *wan.FAMILIES)
 
 
 def as_pair(size: int | Sequence[int] | None) -> tuple[int, ...] | None:

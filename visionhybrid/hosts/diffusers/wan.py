@@ -1,0 +1,138 @@
+"""Wan: self attention over a video's tokens (attn1), rotary before the mixer; attn2 is cross attention and stays.
+
+The grid. Wan's blocks hand nothing down but `rotary_emb`, the pair of cosine and sine that the model's `rope` makes of the latent
+video. A hook there adds the sides (T, H, W) as a third, and a hook on attention without a mixer takes them away again. So the
+grid is an argument here as well, the same when a checkpointed block runs again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanAttention
+from torch import Tensor, nn
+
+from visionhybrid.hosts.diffusers.arguments import Call, argument
+from visionhybrid.hosts.diffusers.family import Family, SampleSize
+from visionhybrid.hosts.layers import Layer
+
+__all__ = ["FAMILIES", "WanMixerProcessor"]
+
+PLAIN = frozenset({"WanAttnProcessor", "WanAttnProcessor2_0"})
+ROTARY = 3  # place among the arguments of WanAttention.forward
+
+
+class WanMixerProcessor:
+    """Runs `attn.mixer` where diffusers' `WanAttnProcessor` would run softmax attention."""
+
+    mixes = True
+    _parallel_config: Any = None  # diffusers writes it when tokens are sharded over ranks
+
+    def __call__(
+        self,
+        attn: Any,  # a `WanAttention`
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Any, ...] | None = None,
+    ) -> Tensor:
+        """(B, N, C) to the same; `rotary_emb` holds cosine and sine (1, N, 1, D), and the sides (T, H, W)."""
+        mixer, name, x = attn.mixer, attn.mixer.about.name, hidden_states
+        if attention_mask is not None:
+            raise ValueError(f"{name}: cannot honour a bias on softmax logits, which attention_mask is here")
+        if encoder_hidden_states is not None:
+            raise ValueError(f"{name}: mixes a video with itself, got encoder_hidden_states")
+        if self._parallel_config is not None:
+            raise ValueError(f"{name}: sees its rank's tokens only; context parallelism is not supported")
+        cos, sin, *sides = rotary_emb or (None, None)
+        if mixer.about.grids and not sides:
+            raise ValueError(f"{name}: needs (T, H, W) of {x.shape[1]} tokens, which this model did not tell")
+
+        if hasattr(mixer, "hidden"):  # q and k come of other states than v
+            x_q, x_k = mixer.hidden(x)
+            q, k, v = attn.to_q(x_q), attn.to_k(x_k), attn.to_v(x)
+        elif attn.fused_projections:
+            q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
+        else:
+            q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+        q, k = attn.norm_q(q), attn.norm_k(k)  # over all heads at once
+        q, k, v = (y.unflatten(2, (attn.heads, -1)) for y in (q, k, v))  # (B, N, heads, D)
+        if cos is not None:
+            q, k = (_rotate(y, cos, sin) for y in (q, k))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        out = mixer(q, k, v, grid=sides[0] if sides else (x.shape[1],)).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](out.to(q.dtype)))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Neighbouring channels are a pair; cosine and sine hold each value twice."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
+
+
+def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
+    """`size` in elements of the latent video, (frames, height, width)."""
+    config: Any = model.config
+    if size is not None and len(size) != 3:
+        raise ValueError(f"attach: sample_size of a video model is (frames, height, width), got {size}")
+    grid = None if size is None else tuple(n // p for n, p in zip(size, config.patch_size, strict=True))
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, WanAttention):
+            found.append(
+                Layer(
+                    name=name,
+                    module=module,
+                    dim=module.to_q.in_features,
+                    heads=module.heads,
+                    head_dim=module.inner_dim // module.heads,
+                    grid=None if module.is_cross_attention else grid,
+                    axes=3,
+                    reason=_reason(module),
+                )
+            )
+    return found
+
+
+def _reason(attn: WanAttention) -> str | None:
+    processor, own = type(attn.processor).__name__, getattr(attn.processor, "mixes", False)
+    if attn.is_cross_attention:
+        return "cross attention: its keys are the text's"
+    if processor not in PLAIN and not own:
+        return f"its processor {processor} does more than softmax attention, and a mixer would undo that"
+    return None
+
+
+def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
+    handles = [model.get_submodule("rope").register_forward_hook(_add_sides, with_kwargs=True)]
+    for name, module in model.named_modules():
+        if isinstance(module, WanAttention) and name not in names:
+            handles.append(module.register_forward_pre_hook(_drop_sides, with_kwargs=True))
+    return handles
+
+
+def _add_sides(rope: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rotary: Any) -> tuple[Any, ...]:
+    video = argument(args, kwargs, 0, "hidden_states")  # (B, C, T, H, W)
+    return (*rotary, tuple(n // p for n, p in zip(video.shape[2:], rope.patch_size, strict=True)))
+
+
+def _drop_sides(attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    rotary = argument(args, kwargs, ROTARY, "rotary_emb")
+    if rotary is None:
+        return args, kwargs
+    if len(args) > ROTARY:
+        return (*args[:ROTARY], rotary[:2], *args[ROTARY + 1 :]), kwargs
+    return args, {**kwargs, "rotary_emb": rotary[:2]}
+
+
+FAMILIES = (
+    Family(
+        models=("WanTransformer3DModel",),
+        layers=_layers,
+        processor=lambda module: WanMixerProcessor(),
+        hooks=_hooks,
+        plain=PLAIN,
+    ),
+)
