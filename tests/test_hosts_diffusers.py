@@ -469,3 +469,21 @@ def test_copies_are_independent():
     twin = type(unet).from_config(unet.config)
     twin.load_state_dict(unet.state_dict(), strict=True)
     assert torch.equal(output(twin.eval()), mixed)
+
+
+def test_published_weights_for_some_layers(tmp_path):
+    case = load_case("linfusion_unet_sd21tiny_24x12")
+    unet = published(case, tmp_path)
+    inputs = {key: case.input(key) for key in case.facts["inputs"]}
+    before = output(unet, **inputs)
+    report = visionhybrid.attach(unet, "linfusion", weights=tmp_path, layers=["mid_block", "down_blocks"])
+    assert [row.name for row in report.mixed] == [DOWN, MID]
+    assert {row.weights for row in report.mixed} == {str(tmp_path)}
+    with pytest.raises(
+        ValueError, match=r"does not fit this model: .*it has a mixer, linfusion; detach it first"
+    ):
+        visionhybrid.attach(unet, "linfusion", weights=tmp_path)
+    visionhybrid.detach(unet, layers="mid_block")
+    visionhybrid.attach(unet, "softmax", layers="mid_block")
+    visionhybrid.detach(unet)
+    assert torch.equal(output(unet, **inputs), before)
