@@ -2,9 +2,11 @@
 
     family.py       `Family`: what the host knows of one kind of attention
     classic.py      a family: `Attention` over images (UNets, DiT, PixArt)
+    joint.py        the processor of joint attention, text beside the image; flux.py a family with it
+    wan.py          a family: self attention over video
     core.py         putting mixers in and taking them out; the guard against processors that would replace them
     models.py       the classes that save and load models with mixers
-    published.py    authors' weights: LinFusion
+    published.py    authors' weights: LinFusion; authors.py: CLEAR, SLA
 
 To add a kind of attention: a file with a stateless processor, a function that lists a model's layers, one that makes the grid
 known, and a `Family` of the three, named in `family._families`.
@@ -49,19 +51,23 @@ def attach(
     """See `visionhybrid.attach`."""
     size = as_pair(sample_size)
     work = []
+    if weights is not None and len(list(_denoisers(model))) > 1:
+        raise ValueError(
+            "attach: weights are one model's; attach to each of this pipeline's transformers by itself"
+        )
     for denoiser in _denoisers(model):
         found = _marked(denoiser, size)
-        given = None if weights is None else published.read(weights, mixer, found, options)
+        given = None if weights is None else published.read(weights, mixer, found, options, denoiser)
         if given is None:
-            work.append((denoiser, plan(found, mixer, layers, options), {}, ""))
+            work.append((denoiser, plan(found, mixer, layers, options), {}, "", {}))
         else:
             parts = given.parts
             if layers is not None:
                 wanted = {layer.name for layer in choose(found, layers)}
                 parts = [part for part in parts if part.layer.name in wanted]
-            work.append((denoiser, parts, given.tensors, given.name))
-    for denoiser, parts, tensors, name in work:
-        core.install(denoiser, parts, tensors, name)
+            work.append((denoiser, parts, given.tensors, given.name, given.rest))
+    for denoiser, parts, tensors, name, rest in work:
+        core.install(denoiser, parts, tensors, name, rest)
     _refresh(model)
     report = describe(model, sample_size=sample_size)
     if report.slower:

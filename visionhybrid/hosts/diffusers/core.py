@@ -43,6 +43,7 @@ class State:
     """`model._visionhybrid`: the layers that have a mixer, in the model's order, and the hooks that serve them."""
 
     layers: dict[str, Held] = field(default_factory=dict)
+    own: dict[str, Tensor] = field(default_factory=dict)  # weights of a whole model that others replaced
     handles: list[Any] = field(default_factory=list)
 
     def config(self) -> dict[str, Any]:
@@ -73,14 +74,17 @@ def install(
     parts: Sequence[Part],
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
     weights: str = "",
+    rest: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Give each part's layer its mixer; all of them, or the model stays as it was.
 
     Args:
         tensors: layer -> {key: tensor}, published weights in our keys: `mixer.*`, and projections (`to_q.weight`).
         weights: where they come from, for `describe`.
+        rest: published weights of the whole model beside the mixers', in its own keys; `remove` takes them back with the
+            last mixer.
     """
-    tensors = tensors or {}
+    tensors, rest = tensors or {}, rest or {}
     built = {part.layer.name: part.build() for part in parts}
     for part in parts:
         attn, given = part.layer.module, tensors.get(part.layer.name)
@@ -88,12 +92,17 @@ def install(
             _fill(built[part.layer.name], given, part.layer.name)
             _check_projections(attn, part.layer.name, given)
         _check_weight(attn, part.layer.name)
+    _check_projections(model, type(model).__name__, rest)
     kind, state = family(model), state_of(model)
+    if rest and state.own:
+        raise ValueError("attach: this model has other weights than its own already; detach first")
+    state.own |= _swap(model, rest)
     for part in parts:
         name, attn, mixer = part.layer.name, part.layer.module, built[part.layer.name]
         held = Held(part.mixer, mixer.options, cast(Any, attn).processor)
-        if name in tensors:
+        if name in tensors or rest:
             held.weights = weights
+        if name in tensors:
             held.own = _swap(attn, {k: v for k, v in tensors[name].items() if not k.startswith("mixer.")})
         _mount(model, attn, mixer, kind)
         state.layers[name] = held
@@ -105,18 +114,22 @@ def remove(model: nn.Module, names: Sequence[str]) -> None:
     state = state_of(model)
     for name in names:
         held, attn = state.layers[name], model.get_submodule(name)
-        if held.weights and not held.own:
+        if held.weights and not held.own and not state.own:
             raise ValueError(
                 f"detach: {name} has projections of {held.weights}; its own ones are not in this checkpoint, "
                 "load the model that they were attached to"
             )
         if held.own:
             _check_projections(attn, name, held.own)
+    _check_projections(model, type(model).__name__, state.own)
     for name in names:
         held, attn = state.layers.pop(name), cast(Any, model.get_submodule(name))
         _swap(attn, held.own)
         attn.set_processor(held.processor)
         del attn.mixer
+    if not state.layers:
+        _swap(model, state.own)
+        state.own = {}
     _settle(model, state)
 
 
@@ -192,6 +205,8 @@ def _projections(attn: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, nn
         layer = cast(Any, attn.get_submodule(path))
         if getattr(layer, "merged", False):
             raise ValueError(f"{path}: a LoRA is fused into this projection; unfuse it first")
+        if getattr(attn.get_submodule(path.rpartition(".")[0]), "fused_projections", False):
+            raise ValueError(f"{path}: fused with its neighbours; unfuse_qkv_projections() first")
         found[key] = getattr(getattr(layer, "base_layer", layer), leaf)
     return found
 

@@ -1,17 +1,19 @@
-"""Weights as their authors published them, for the layers of a diffusers model."""
+"""Weights as their authors published them, for the layers of a diffusers model: LinFusion here, CLEAR and SLA in `authors.py`."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from visionhybrid.hosts.diffusers import authors
 from visionhybrid.hosts.layers import Layer
 from visionhybrid.hosts.plan import Mixers, Part
 
@@ -24,11 +26,15 @@ CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class Published:
-    """Layers with their mixers, and for each layer its tensors: `mixer.*`, and projections that replace the model's."""
+    """Layers with their mixers, and for each layer its tensors: `mixer.*`, and projections that replace the model's.
+
+    Where a whole model was fine-tuned, `rest` holds all that is no mixer's, under the model's names.
+    """
 
     name: str
     parts: Sequence[Part]
     tensors: Mapping[str, Mapping[str, Tensor]]
+    rest: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def read(
@@ -36,17 +42,32 @@ def read(
     mixer: Mixers,
     layers: Sequence[Layer],
     options: Mapping[str, Any],
+    model: nn.Module,
 ) -> Published:
-    """The published weights of `mixer` at `source`, for the model that has `layers`.
+    """The published weights of `mixer` at `source`, for `model`, which has `layers`.
 
     Args:
-        source: a folder, or the name of a Hugging Face repository, with LinFusion's config.json and safetensors file.
+        source: for "linfusion" a folder, or the name of a Hugging Face repository, with config.json and safetensors file; for
+            "clear" and "sla" a file or an open {key: tensor}, for "clear" also a repository that has the authors' file names.
     Raises:
         ValueError: no weights of this mixer are known, or they are another model's.
         FileNotFoundError: the repository could not be fetched; says which files to put where.
     """
+    name = "the weights given" if isinstance(source, Mapping) else str(source)
+    if mixer == "clear":
+        if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists():
+            name = f"clear_local_{options.get('radius', 16)}"
+            name += f"_down_{options['down']}.safetensors" if options.get("down", 1) > 1 else ".safetensors"
+            source = _fetch(source, name) / name
+        state = source if isinstance(source, Mapping) else authors.open_file(source)
+        return Published(name, *authors.clear(name, state, layers, options))
+    if mixer == "sla":
+        state = source if isinstance(source, Mapping) else authors.open_file(source)
+        return Published(name, *authors.turbodiffusion(name, state, layers, options, model))
     if mixer != "linfusion":
-        raise ValueError(f"attach: no published layout of weights is known for {mixer!r}; have linfusion")
+        raise ValueError(
+            f"attach: no published layout of weights is known for {mixer!r}; have linfusion, clear, sla"
+        )
     if options:
         raise ValueError(f"attach: the weights say what the options are, got {', '.join(options)}")
     if isinstance(source, Mapping):
@@ -107,14 +128,19 @@ def _folder(source: str) -> Path:
         return Path(source).expanduser()
     if source.count("/") != 1:
         raise ValueError(f"attach: weights={source!r} is neither a folder nor a repository of the hub")
+    return _fetch(source, CONFIG, WEIGHTS)
+
+
+def _fetch(repository: str, *files: str) -> Path:
+    """The folder where these files of a repository of the hub are, fetched or from the cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        hf_hub_download(source, WEIGHTS)
-        return Path(hf_hub_download(source, CONFIG)).parent
+        paths = [hf_hub_download(repository, file) for file in files]
+        return Path(paths[0]).parent
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
-            f"{source}: download failed ({type(error).__name__}); fetch {CONFIG} and {WEIGHTS} from "
-            f"https://huggingface.co/{source} into a folder, and give that folder"
+            f"{repository}: download failed ({type(error).__name__}); fetch {' and '.join(files)} from "
+            f"https://huggingface.co/{repository} into a folder, and give that{' folder' if len(files) > 1 else ' file'}"
         ) from error
