@@ -1,10 +1,11 @@
-"""The forms of operators that are exported to ONNX, against the definitions."""
+"""Forms of operators for one purpose, against the definitions: plain for ONNX, weights kept by tile for inference on a CPU."""
 
 import pytest
 import torch
 
 from visionhybrid.kernels.neighborhood_attention import plain as neighborhood
 from visionhybrid.kernels.neighborhood_attention import reference as neighborhood_reference
+from visionhybrid.kernels.neighborhood_attention import shared
 from visionhybrid.kernels.selective_scan import plain as scan
 from visionhybrid.kernels.selective_scan import selective_scan
 
@@ -47,3 +48,37 @@ def test_scan(length, output):
         backend="reference",
     )
     torch.testing.assert_close(scan.forward(u, delta, A, B, *tail, bias, True, [False, True]), want)
+
+
+@pytest.mark.parametrize(
+    ("sides", "kernel", "dilation"),
+    [
+        ((13, 17), [5, 5], [2, 3]),
+        ((3, 20), [7, 5], [1, 4]),
+        ((1, 1), [3, 3], [1, 1]),
+        ((29, 16), [9, 3], [1, 5]),
+    ],
+)
+@pytest.mark.parametrize("budget", [1, 10**7])
+def test_weights_kept_by_tile(sides, kernel, dilation, budget, monkeypatch):
+    monkeypatch.setattr(shared.tiled, "BUDGET", budget)
+    q, k, v = (torch.randn(3, 2, 6, *sides, dtype=torch.float64).movedim(2, -1) for _ in range(3))
+    rpb = torch.randn(2, *(2 * side - 1 for side in kernel), dtype=torch.float64)
+    weights = shared.weights(q, k, rpb, kernel, dilation, 0.7)
+    compact = neighborhood_reference.scores(q, k, rpb, kernel, dilation, 0.7).softmax(-1)
+    for values in (v, q):
+        torch.testing.assert_close(
+            shared.aggregate(weights, values, kernel, dilation),
+            neighborhood_reference.aggregate(compact, values, kernel, dilation),
+        )
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(shared.weights_op, (q, k, rpb, kernel, dilation, 0.7), test_utils=tests)
+    torch.library.opcheck(shared.aggregate_op, (weights, v, kernel, dilation), test_utils=tests)
+
+
+def test_weights_by_tile_have_no_gradients():
+    x = torch.randn(1, 1, 4, 4, 4, requires_grad=True)
+    assert shared.unsupported(x) == "no gradients"
+    with torch.no_grad():
+        assert shared.unsupported(x) is None
+    assert shared.unsupported(x.to("meta")) == "CPU only"

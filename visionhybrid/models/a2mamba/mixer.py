@@ -164,7 +164,7 @@ class A2SSM(nn.Module):
                     return self._mix(h)
         flat = h.flatten(2)
         weight, bias = self.mix.weight.to(h.dtype), self.mix.bias.to(h.dtype)
-        return torch.baddbmm(bias[:, None], weight.expand(len(h), -1, -1), flat).view_as(h)
+        return torch.baddbmm(bias[:, None], weight.expand(h.shape[0], -1, -1), flat).view_as(h)
 
 
 # ---- the mixers
