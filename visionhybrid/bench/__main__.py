@@ -122,9 +122,9 @@ def _suite_command(suite: str, purpose: str) -> None:
         ] = None,
     ) -> None:
         data = run(suite, quick=quick, only=only, rounds=rounds, out=out, device=device, threads=threads)
-        console = Console()
         # A log file has no width of its own, and the tables need one.
-        console.print(report.tables(data), width=None if console.is_terminal else 110)
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        console.print(report.tables(data))
         console.print(f"{out / suite}.json, .md, .png")
 
     app.command(suite, help=f"Compare {purpose}.")(command)
