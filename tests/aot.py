@@ -184,17 +184,18 @@ def _window() -> Iterator[Build]:
     kernels = windows.kernels
     for kernel in (kernels._fwd, kernels._bwd_q, kernels._bwd_kv, kernels._bwd_bias):
         for D in (16, 24, 30, 40, 64, 128):
-            for kind in ("bf16", "fp32"):
-                yield build(kernel, D, kind)
+            yield build(kernel, D, "bf16")
+            if D != 40:
+                yield build(kernel, D, "fp32")
         for D in (30, 128):
             yield build(kernel, D, "fp16", shifted=True)
-            yield build(kernel, D, "fp32", shifted=True)
             yield build(kernel, D, "bf16", (7, 7), shifted=True)
             yield build(kernel, D, "bf16", (16, 16), (24, 24))
-            yield build(kernel, D, "bf16", (3, 4), (5, 8), E=2 * D if D < 128 else 16)
-            if kernel is not kernels._bwd_bias:
-                yield build(kernel, D, "bf16", bias=False, shifted=True)
-                yield build(kernel, D, "bf16", (16, 16), (24, 24), bias=False)
+        yield build(kernel, 30, "fp32", shifted=True)
+        yield build(kernel, 24, "bf16", (3, 4), (5, 8), E=64)
+        if kernel is not kernels._bwd_bias:
+            yield build(kernel, 30, "bf16", bias=False, shifted=True)
+            yield build(kernel, 30, "bf16", (16, 16), (24, 24), bias=False)
 
 
 def _sparse(amd: bool) -> Iterator[Build]:
@@ -273,23 +274,27 @@ def _neighborhood() -> Iterator[Build]:
     yield build(fused._bwd_kv, 24, "bf16", E=64, BIAS=True)
     read = ("grad", "q", "k", "v", "rpb", "lse", "delta")
     for D in (16, 24, 30, 40, 64, 128):
-        for kind in ("bf16", "fp32"):
+        for kind in ("bf16", "fp32") if D != 40 else ("bf16",):
             for kernel in (fused._fwd, fused._bwd_q, fused._bwd_kv):
                 yield build(kernel, D, kind, BIAS=True)
             yield build(halves._table, D, kind, absent=("w",), STORED=False)
             yield build(halves._scores, D, kind, BIAS=True)
             yield build(halves._gather, D, kind)
             yield build(halves._scatter, D, kind)
+    for kernel in (fused._fwd, fused._bwd_q, fused._bwd_kv):
+        yield build(kernel, 24, "bf16", E=64, BIAS=True)
+    read = ("grad", "q", "k", "v", "rpb", "lse", "delta")
     for kind in ("bf16", "fp32"):
         yield build(halves._table, 1, kind, absent=read, STORED=True)
-    for D in (24, 128):
-        for first, side in ((0, (16, 16, 16)), (1, (1, 7, 7)), (2, (1, 1, 300))):
-            for kernel in (fused._fwd, fused._bwd_q, fused._bwd_kv):
-                yield build(kernel, D, "fp16", first=first, side=side, BIAS=False)
-            yield build(halves._table, D, "bf16", first=first, side=side, absent=("w",), STORED=False)
-            yield build(halves._scores, D, "fp16", first=first, side=side, BIAS=False)
-            yield build(halves._gather, D, "bf16", first=first, side=side, weights="fp32")
-            yield build(halves._scatter, D, "bf16", first=first, side=side, weights="fp32")
+    # Three axes, a map smaller than a tile, one axis.
+    for first, side in ((0, (16, 16, 16)), (1, (1, 4, 7)), (2, (1, 1, 300))):
+        axes = dict(first=first, side=side)
+        for kernel in (fused._fwd, fused._bwd_q, fused._bwd_kv):
+            yield build(kernel, 24, "fp16", **axes, BIAS=False)
+        yield build(halves._table, 24, "bf16", **axes, absent=("w",), STORED=False)
+        yield build(halves._scores, 24, "fp16", **axes, BIAS=False)
+        yield build(halves._gather, 24, "bf16", **axes, weights="fp32")
+        yield build(halves._scatter, 24, "bf16", **axes, weights="fp32")
 
 
 def builds(target: GPUTarget) -> list[Build]:

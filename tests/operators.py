@@ -1,54 +1,17 @@
 """The operators of `visionhybrid.kernels` and samples of their arguments, for the tests that treat all alike."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from local_samples import LOCAL
+from samples import Operator, Sample
 from torch import Tensor
 
 from visionhybrid.kernels import linear_attention as linear
 from visionhybrid.kernels import selective_scan as scan
 from visionhybrid.kernels import sparse_linear_attention as sparse
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One call. `inputs` are float64 and get gradients; those in `single` are float32 beside half inputs."""
-
-    inputs: dict[str, Tensor]
-    options: dict[str, Any] = field(default_factory=dict)
-    single: tuple[str, ...] = ()
-
-    def cast(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
-        """Leaves of `dtype` that want gradients."""
-        wide = dtype if dtype == torch.float64 else torch.float32
-        return {
-            name: x.to(device, wide if name in self.single else dtype, copy=True).requires_grad_()
-            for name, x in self.inputs.items()
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Operator:
-    """A public function, its module and samples; the keys of `samples` say what they show."""
-
-    module: ModuleType
-    function: Callable[..., Any]
-    samples: dict[str, Callable[[], Sample]]
-    small: Callable[[], Sample]  # for gradcheck, compile, export
-    drawn: st.SearchStrategy  # of functions that build a Sample
-    named: Callable[[dict[str, Tensor]], dict[str, Any]] = dict  # inputs -> keywords of `function`
-    ops: Callable[[], list[tuple[Any, tuple]]] = list  # registered operators with arguments, for opcheck
-
-    def call(self, inputs: dict[str, Tensor], **options: Any) -> Any:
-        return self.function(**self.named(inputs), **options)
-
-    def why_not(self, inputs: dict[str, Tensor], backend: str, **options: Any) -> str | None:
-        args = self.module.arguments(**self.named(inputs), **options)
-        return self.module.BACKENDS[backend].unsupported(*args)
 
 
 def _linear_named(inputs: dict[str, Tensor]) -> dict[str, Any]:
@@ -286,4 +249,5 @@ OPERATORS = {
             "nothing critical": _sparse(1, 1, 40, 40, 16, 16, critical=0.0, variant="v1"),
         },
     ),
+    **LOCAL,
 }
