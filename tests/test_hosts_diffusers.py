@@ -175,7 +175,10 @@ def test_softmax_on_maps_with_norms_and_residuals():
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D"),
         layers_per_block=1,
         norm_num_groups=8,
+        mid_block_scale_factor=1.5,
     ).eval()
+    attn = unet.down_blocks[0].attentions[0]
+    attn.norm_q, attn.norm_k = (torch.nn.RMSNorm(attn.inner_dim // attn.heads) for _ in "qk")
     x = torch.randn(1, 3, 12, 10)
     before = output(unet, sample=x, timestep=3)
     report = visionhybrid.attach(unet, "softmax")
