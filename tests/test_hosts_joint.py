@@ -1,5 +1,6 @@
 """Mixers in real, tiny models with joint tokens, rotary embeddings or video grids: values, weights, saving."""
 
+import copy
 import logging
 
 import pytest
@@ -15,14 +16,15 @@ pytestmark = pytest.mark.filterwarnings(
     # diffusers' schedulers on numpy 2
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
-PIPELINES = ["flux", "wan"]
+PIPELINES = ["flux", "sd3", "wan"]
+MODELS = [*PIPELINES, "sana"]
 DOUBLE, SINGLE = "transformer_blocks.0.attn", "single_transformer_blocks.0.attn"
 # mixers of every sort (none, text, grid, hidden states), such that softmax attention is something else
 MIXERS = {
     "clear": dict(radius=1.5, down=2),
     "sla": dict(topk=0.3, block_q=16, block_k=16),
     "linfusion": dict(zero_init=False),
-    "linear": {},
+    "linear": dict(feature_map="elu"),
     "neighborhood": dict(kernel_size=3),
 }
 
@@ -57,12 +59,32 @@ def wan_inputs(grid=(3, 4, 5), batch=1):
     )
 
 
-INPUTS = {"flux": flux_inputs, "wan": wan_inputs}
-GRIDS = {"flux": (8, 10), "wan": (3, 4, 5)}
+def sd3_inputs(grid=(6, 8), batch=1):
+    draw = torch.Generator().manual_seed(0)
+    return dict(
+        hidden_states=torch.randn(batch, 4, 2 * grid[0], 2 * grid[1], generator=draw),
+        encoder_hidden_states=torch.randn(batch, 7, 32, generator=draw),
+        pooled_projections=torch.randn(batch, 64, generator=draw),
+        timestep=torch.full((batch,), 500),
+    )
+
+
+def sana_inputs(grid=(6, 8), batch=1):
+    draw = torch.Generator().manual_seed(0)
+    return dict(
+        hidden_states=torch.randn(batch, 4, *grid, generator=draw),
+        encoder_hidden_states=torch.randn(batch, 7, 32, generator=draw),
+        timestep=torch.full((batch,), 500),
+    )
+
+
+INPUTS = {"flux": flux_inputs, "sd3": sd3_inputs, "wan": wan_inputs, "sana": sana_inputs}
+GRIDS = {"flux": (8, 10), "sd3": (6, 8), "wan": (3, 4, 5), "sana": (6, 8)}
 
 
 def transformer(name):
-    return getattr(tiny, name)().transformer
+    model = getattr(tiny, name)()
+    return getattr(model, "transformer", model)
 
 
 def output(model, **inputs):
@@ -290,7 +312,7 @@ def test_softmax_as_a_mixer_is_the_model_itself(name, fused):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", MODELS)
 def test_mixers_get_grid_and_text(name, mixer):
     model, inputs = transformer(name), INPUTS[name]()
     before = output(model, **inputs)
@@ -308,12 +330,13 @@ def test_mixers_get_grid_and_text(name, mixer):
     told = name != "flux" or needed  # Flux's places are only looked at if a mixer needs them
     assert {call["grid"] for call in seen} == {grid if told else (tokens,)}
     text = inputs["encoder_hidden_states"].shape[1]
-    assert {call.get("text_tokens", 0) for call in seen} == {0 if name == "wan" else text}
+    text = {"flux": {text}, "sd3": {text, 0}}.get(name, {0})  # in SD3's first block there is one without
+    assert {call.get("text_tokens", 0) for call in seen} == text
     visionhybrid.detach(model)
     assert torch.equal(output(model, **inputs), before)
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", MODELS)
 def test_some_layers_only(name, caplog, monkeypatch):
     """Attention without a mixer gets neither grid nor text tokens, and diffusers has nothing to warn of."""
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
@@ -324,3 +347,139 @@ def test_some_layers_only(name, caplog, monkeypatch):
     assert [row.name for row in report.mixed] == [first]
     assert not torch.allclose(output(model, **inputs), before, atol=1e-4)
     assert not caplog.records
+
+
+def test_linear_is_what_sana_computes():
+    model, inputs = transformer("sana"), sana_inputs(batch=2)
+    before = output(model, **inputs)
+    report = visionhybrid.attach(model, "linear")
+    assert [row.name for row in report.mixed] == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
+    torch.testing.assert_close(output(model, **inputs), before, rtol=1e-5, atol=1e-5)
+    visionhybrid.detach(model)
+    assert torch.equal(output(model, **inputs), before)
+
+
+@pytest.mark.parametrize("name", ["wan", "sana"])
+def test_cross_attention_is_refused_by_name(name):
+    model = transformer(name)
+    with pytest.raises(ValueError, match=r"attn2: cross attention: its keys are the text's"):
+        visionhybrid.attach(model, "softmax", layers="*.attn2")
+
+
+# ---- as diffusers' own -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_with_mixers_is_saved_and_loaded(name, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    pipe = getattr(tiny, name)()
+    visionhybrid.attach(pipe, "linfusion", zero_init=False)
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert str(visionhybrid.describe(loaded)) == str(visionhybrid.describe(pipe))
+    torch.testing.assert_close(tiny.draw(loaded), tiny.draw(pipe), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_with_mixers_is_saved_and_loaded(name, tmp_path):
+    model, inputs = transformer(name), INPUTS[name]()
+    plain = type(model)
+    before = output(model, **inputs)
+    visionhybrid.attach(model, "clear", radius=1.5, down=2)
+    mixed = output(model, **inputs)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="visionhybrid: this folder has mixers"):
+        plain.from_pretrained(tmp_path)
+    loaded = getattr(models, plain.__name__).from_pretrained(tmp_path)
+    state = model.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    # weights of a mapped file lie elsewhere in memory, and sums are taken in another order
+    torch.testing.assert_close(output(loaded, **inputs), mixed, rtol=1e-5, atol=1e-5)
+    visionhybrid.detach(loaded)
+    torch.testing.assert_close(output(loaded, **inputs), before, rtol=1e-5, atol=1e-5)
+    other = copy.deepcopy(model)
+    visionhybrid.detach(model)
+    assert torch.equal(output(other, **inputs), mixed)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpointed_gradients_are_the_same(name):
+    """Sizes change between forward and backward, as they do when batches of several sizes are accumulated."""
+    model = transformer(name).train()
+    visionhybrid.attach(model, "clear", radius=1.5, down=2)
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        loss = model(**INPUTS[name]()).sample.square().mean()
+        turned = tuple(reversed(GRIDS[name]))
+        output(model, **INPUTS[name](turned))
+        loss.backward()
+        found.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
+    assert any("mixer" in key for key in found[0])
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-5, atol=1e-7, msg=key)
+
+
+@pytest.mark.parametrize("mixer", ["sla", "linear"])
+@pytest.mark.parametrize("name", MODELS)
+def test_compiles_in_one_graph(name, mixer):
+    model, inputs = transformer(name), INPUTS[name]()
+    visionhybrid.attach(model, mixer, **MIXERS[mixer])
+    if name == "flux" and mixer == "linear":  # places are read from a tensor's values
+        inputs["joint_attention_kwargs"] = {"grid": GRIDS["flux"]}
+    expected = output(model, **inputs)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(output(compiled, **inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision(name, mixer):
+    model = transformer(name)
+    visionhybrid.attach(model, mixer, **MIXERS[mixer])
+    inputs = INPUTS[name]()
+    expected = output(model, **inputs)
+    model.to(torch.bfloat16)
+    half = {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}
+    got = output(model, **half)
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - expected).norm() < 0.1 * expected.norm()
+
+
+def test_places_that_are_no_grid_are_refused():
+    """Flux Kontext puts a second image beside the first."""
+    model, inputs = transformer("flux"), flux_inputs()
+    visionhybrid.attach(model, "neighborhood", layers=DOUBLE, kernel_size=3)
+    both = torch.cat([places(4, 10), places(4, 10, frame=1)])
+    columns = places(8, 10).reshape(8, 10, 3).transpose(0, 1).reshape(-1, 3)
+    for ids in (both, columns, places(8, 10)[torch.arange(79, -1, -1)][:, [0, 2, 1]]):
+        with pytest.raises(ValueError, match="img_ids are not one image row by row"):
+            output(model, **{**inputs, "img_ids": ids})
+    wide = flux_inputs((2, 400))
+    expected = output(model, **wide)
+    seen = []
+    model.get_submodule(DOUBLE).mixer.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["grid"]), with_kwargs=True
+    )
+    # rounded above 256, as diffusers makes them in half precision
+    output(model, **{**wide, "img_ids": wide["img_ids"].bfloat16().float()})
+    assert seen == [(2, 400)]
+    assert expected.isfinite().all()
+
+
+def test_ip_adapters_of_flux_are_refused_where_a_mixer_is():
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    model = transformer("flux")
+    processors = dict(model.attn_processors)
+    visionhybrid.attach(model, "softmax", layers="transformer_blocks")
+    processors[f"{DOUBLE}.processor"] = FluxIPAdapterAttnProcessor(32, 32)
+    with pytest.raises(ValueError, match=f"{DOUBLE}.processor runs a mixer; detach that layer first"):
+        model.set_attn_processor(processors)

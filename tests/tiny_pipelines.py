@@ -251,6 +251,61 @@ def flux(**config):
     )
 
 
+def sd3(**config):
+    """Three blocks: one with an attention of the image's own (as 3.5 medium has), one plain, one that gives no text back."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    defaults = dict(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        pos_embed_max_size=32,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return _quiet(
+        StableDiffusion3Pipeline(
+            transformer=_seeded(SD3Transformer2DModel, **{**defaults, **config}),
+            vae=vae(shift_factor=0.1, scaling_factor=0.36),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            text_encoder=clip_encoder(width=16, projection=32),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=clip_encoder(width=16, projection=32),
+            tokenizer_2=clip_tokenizer(),
+            text_encoder_3=t5_encoder(),
+            tokenizer_3=t5_tokenizer(),
+        )
+    )
+
+
+def sana(**config):
+    """SANA's transformer (its text encoder is Gemma): two blocks, norms of q and k over all heads as in SANA 1.5."""
+    from diffusers import SanaTransformer2DModel
+
+    defaults = dict(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=32,
+        sample_size=16,
+        qk_norm="rms_norm_across_heads",
+    )
+    return _seeded(SanaTransformer2DModel, **{**defaults, **config})
+
+
 def wan(**config):
     """Two blocks on a grid of frames, each with self attention and cross attention."""
     from diffusers import (

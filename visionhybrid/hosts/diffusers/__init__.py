@@ -2,8 +2,9 @@
 
     family.py       `Family`: what the host knows of one kind of attention
     classic.py      a family: `Attention` over images (UNets, DiT, PixArt)
-    joint.py        the processor of joint attention, text beside the image; flux.py a family with it
+    joint.py        the processor of joint attention, text beside the image; flux.py and sd3.py, families with it
     wan.py          a family: self attention over video
+    sana.py         a family: SANA, whose own attention is linear
     core.py         putting mixers in and taking them out; the guard against processors that would replace them
     models.py       the classes that save and load models with mixers
     published.py    authors' weights: LinFusion; authors.py: CLEAR, SLA

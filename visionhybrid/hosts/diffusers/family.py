@@ -48,9 +48,9 @@ def known_models() -> list[str]:
 
 
 def _families() -> Sequence[Family]:
-    from visionhybrid.hosts.diffusers import classic, flux, wan
+    from visionhybrid.hosts.diffusers import classic, flux, sana, sd3, wan
 
-    return (*classic.FAMILIES, *flux.FAMILIES, *wan.FAMILIES)
+    return (*classic.FAMILIES, *flux.FAMILIES, *sd3.FAMILIES, *sana.FAMILIES, *wan.FAMILIES)
 
 
 def as_pair(size: int | Sequence[int] | None) -> tuple[int, ...] | None:

@@ -1,0 +1,109 @@
+"""SANA: self attention over an image that is linear to begin with (attn1), which the mixer `linear` computes as well.
+
+The grid. A block is called with the sides of the image but calls its attention with nothing beside the tokens, and no dictionary
+goes down. So a hook on the block leaves the sides on its mixer just before. They come of the block's own arguments, hence are
+right when a checkpoint runs it again; they are not when two threads run one model at two sizes, where other families are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
+from torch import Tensor, nn
+
+from visionhybrid.hosts.diffusers.arguments import argument
+from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair
+from visionhybrid.hosts.layers import Layer
+
+__all__ = ["FAMILIES", "SanaMixerProcessor"]
+
+PLAIN = frozenset({"SanaLinearAttnProcessor2_0"})
+# places among the arguments of SanaTransformerBlock.forward
+HEIGHT, WIDTH = 5, 6
+
+
+class SanaMixerProcessor:
+    """Runs `attn.mixer` where diffusers' `SanaLinearAttnProcessor2_0` would run linear attention."""
+
+    mixes = True
+
+    def __call__(
+        self,
+        attn: Any,  # an `Attention`, its fields wider than diffusers declares them
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, N, C) to the same."""
+        mixer, name, x = attn.mixer, attn.mixer.about.name, hidden_states
+        if attention_mask is not None or encoder_hidden_states is not None:
+            raise ValueError(f"{name}: mixes an image with itself, got a mask or encoder_hidden_states")
+        x_q, x_k = mixer.hidden(x) if hasattr(mixer, "hidden") else (x, x)
+        q, k, v = attn.to_q(x_q), attn.to_k(x_k), attn.to_v(x)
+        q = q if attn.norm_q is None else attn.norm_q(q)  # over all heads at once
+        k = k if attn.norm_k is None else attn.norm_k(k)
+        q, k, v = (y.unflatten(2, (attn.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, N, D)
+        out = mixer(q, k, v, grid=mixer.sides).transpose(1, 2).flatten(2)
+        out = attn.to_out[1](attn.to_out[0](out))
+        return out.clip(-65504, 65504) if out.dtype == torch.float16 else out
+
+
+def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
+    """`size` in latent pixels; a token is a patch of them."""
+    config: Any = model.config
+    size = size or as_pair(config.sample_size)
+    grid = None if size is None else tuple(side // config.patch_size for side in size)
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, Attention):
+            reason = _reason(module)
+            found.append(
+                Layer(
+                    name=name,
+                    module=module,
+                    dim=module.query_dim,
+                    heads=module.heads,
+                    head_dim=module.inner_dim // module.heads,
+                    grid=grid,
+                    reason=reason,
+                )
+            )
+    return found
+
+
+def _reason(attn: Attention) -> str | None:
+    processor, own = type(attn.processor).__name__, getattr(attn.processor, "mixes", False)
+    if attn.is_cross_attention:
+        return "cross attention: its keys are the text's"
+    if processor not in PLAIN and not own:
+        return f"its processor {processor} does more than linear attention, and a mixer would undo that"
+    return None
+
+
+def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
+    return [
+        module.register_forward_pre_hook(_tell, with_kwargs=True)
+        for name, module in model.named_modules()
+        if isinstance(module, SanaTransformerBlock) and f"{name}.attn1" in names
+    ]
+
+
+def _tell(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    block.attn1.mixer.sides = (
+        argument(args, kwargs, HEIGHT, "height"),
+        argument(args, kwargs, WIDTH, "width"),
+    )
+
+
+FAMILIES = (
+    Family(
+        models=("SanaTransformer2DModel",),
+        layers=_layers,
+        processor=lambda module: SanaMixerProcessor(),
+        hooks=_hooks,
+        plain=PLAIN,
+    ),
+)

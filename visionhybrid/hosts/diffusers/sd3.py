@@ -1,0 +1,75 @@
+"""Stable Diffusion 3 and 3.5: joint attention of image and text in every block; 3.5 medium's attn2 is the image's alone.
+
+The model takes a map (B, C, H, W), so a hook on it knows the grid and adds it to `joint_attention_kwargs`, which every attention
+gets, through checkpoints as well. The last block's attention gives no text back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from visionhybrid.hosts.diffusers.arguments import Call, added, argument, drop
+from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair
+from visionhybrid.hosts.diffusers.joint import JointProcessor
+from visionhybrid.hosts.layers import Layer
+
+__all__ = ["FAMILIES"]
+
+PLAIN = frozenset({"JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"})
+# places among the arguments of SD3Transformer2DModel.forward
+HIDDEN, KWARGS = 0, 5
+
+
+def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
+    """`size` in latent pixels; a token is a patch of them."""
+    config: Any = model.config
+    size = size or as_pair(config.sample_size)
+    grid = None if size is None else tuple(side // config.patch_size for side in size)
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, Attention):
+            processor, own = type(module.processor).__name__, getattr(module.processor, "mixes", False)
+            found.append(
+                Layer(
+                    name=name,
+                    module=module,
+                    dim=module.query_dim,
+                    heads=module.heads,
+                    head_dim=module.inner_dim // module.heads,
+                    grid=grid,
+                    joint=module.added_kv_proj_dim is not None,
+                    reason=None
+                    if own or processor in PLAIN
+                    else f"its processor {processor} does more than softmax attention, and a mixer would undo that",
+                )
+            )
+    return found
+
+
+def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
+    handles = [model.register_forward_pre_hook(_tell, with_kwargs=True)]
+    for name, module in model.named_modules():
+        if isinstance(module, Attention) and name not in names:
+            handles.append(module.register_forward_pre_hook(drop, with_kwargs=True))
+    return handles
+
+
+def _tell(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    height, width = argument(args, kwargs, HIDDEN, "hidden_states").shape[2:]
+    patch = model.config.patch_size
+    extra = {"grid": (height // patch, width // patch)}
+    return added(args, kwargs, KWARGS, "joint_attention_kwargs", extra)
+
+
+FAMILIES = (
+    Family(
+        models=("SD3Transformer2DModel",),
+        layers=_layers,
+        processor=lambda module: JointProcessor(),
+        hooks=_hooks,
+        plain=PLAIN,
+    ),
+)
