@@ -9,5 +9,9 @@ from __future__ import annotations
 SUITES: dict[str, tuple[str, str]] = {
     "models": ("visionhybrid.bench.models", "whole models and training steps beside timm and spandrel"),
     "kernels": ("visionhybrid.bench.kernels", "operators beside what one would use without them"),
+    "diffusion": (
+        "visionhybrid.bench.diffusion",
+        "generators with mixers beside diffusers, at use and in training",
+    ),
     "mixers": ("visionhybrid.bench.mixers", "mixers beside softmax attention"),
 }
