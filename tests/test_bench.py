@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from visionhybrid.bench import SUITES, __main__, floor, harness, machine, memory, models, report
+from visionhybrid.bench import SUITES, __main__, a2mamba, floor, harness, machine, memory, models, report
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -349,7 +350,7 @@ def test_page_command_renders_records(data: report.Record, tmp_path: Path) -> No
 def test_unknown_suite_and_part_are_named() -> None:
     with pytest.raises(ValueError, match="no suite 'model'; have models"):
         __main__.run("model")
-    with pytest.raises(ValueError, match="--only must be one of hat, nextvit, got 'swin'"):
+    with pytest.raises(ValueError, match="--only must be one of hat, nextvit, a2mamba, got 'swin'"):
         models.cases(only="swin")
 
 
@@ -370,6 +371,11 @@ def test_models_suite_has_the_promised_targets(only: str) -> None:
             ("visionhybrid bf16", "time"): 1 / 6,
         },
         "nextvit_small": {("visionhybrid", "time"): 0.72, ("visionhybrid bf16", "time"): 0.35},
+        "a2mamba_tiny": {("visionhybrid", "time"): 0.1, ("visionhybrid bf16", "time"): 0.1},
+        "a2mamba_tiny_caformer": {
+            ("visionhybrid", "time"): 2.2 * 2.69 / 4.13,
+            ("visionhybrid", "memory"): 1.5,
+        },
     }
     no_worse = {("visionhybrid", "time"): 1.0, ("visionhybrid", "memory"): 1.0}
     for each in models.cases(only=only):
@@ -377,3 +383,21 @@ def test_models_suite_has_the_promised_targets(only: str) -> None:
         assert targets == promised.get(each.name, no_worse)
         assert each.judged
     assert not any(each.judged for each in models.cases(only=only, quick=True))
+
+
+def test_a2mamba_by_stage_and_size(tmp_path: Path) -> None:
+    found = a2mamba.plot(str(tmp_path / "sizes.png"), (32, 64))
+    assert list(found) == [32, 64]
+    assert all(len(seconds) == 4 and min(seconds) > 0 for seconds in found.values())
+    assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a2mamba_definitions_are_the_model() -> None:
+    """Without its tiles and blocks, and in other code after it closes."""
+    model, x = timm.create_model("vh_a2mamba_nano", num_classes=3).eval(), torch.randn(1, 3, 64, 40)
+    with torch.inference_mode():
+        want = model(x)
+        with a2mamba.definitions():
+            counted = model(x)
+        torch.testing.assert_close(counted, want, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model(x), want, atol=0, rtol=0)

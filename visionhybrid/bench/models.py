@@ -1,4 +1,4 @@
-"""The `models` suite: HAT-S beside spandrel's, Next-ViT small beside timm's, at use and in a training step.
+"""The `models` suite: HAT-S beside spandrel's, Next-ViT small beside timm's, at use and in a training step; A2Mamba tiny.
 
 Both sides run on the same weights: the peer is built from a seed, its state dict is handed to `visionhybrid.load`.
 The targets are those of the project's first milestone, stated before anything was measured.
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import visionhybrid
+from visionhybrid.bench import a2mamba
 from visionhybrid.bench.harness import Case, Runner, Target, peer
 
-SYSTEMS = ("hat", "nextvit")
+SYSTEMS = ("hat", "nextvit", "a2mamba")
 # Eight bits of mantissa through a whole network, against float32.
 BF16_TOLERANCE = 5e-2
 # A training step is compared by the gradient at the input. In float64 the two sides agree to 1e-14; in float32 batch norms
@@ -80,6 +81,7 @@ def cases(*, quick: bool = False, only: str | None = None) -> list[Case]:
                 **common,
             ),
         ],
+        "a2mamba": a2mamba.cases(batch, size, judged=not quick, rounds=2 if quick else 7),
     }
     return [case for name in SYSTEMS if only in (None, name) for case in suite[name]]
 

@@ -19,8 +19,6 @@ from visionhybrid.kernels.neighborhood_attention.geometry import Axis, Tiles, ax
 from visionhybrid.kernels.operators import count_operations, register
 from visionhybrid.kernels.precision import wide, widened
 
-KEPT = 2**21  # entries of a bias table's index that are kept between calls; 8 MB
-
 
 def unsupported(*maps: Tensor) -> str | None:
     """Why these tensors cannot go through dense weights."""
@@ -54,25 +52,22 @@ def _places(axes: tuple[Axis, ...]) -> Tensor:
     return (tile * rows.query.shape[1] * columns.query.shape[1] + within).flatten()
 
 
-def _entries(axes: tuple[Axis, ...]) -> Tensor:
-    """(tiles, T, R) entry of the flattened relative position table for each pair; one past its end where a key is not seen."""
-    rows, columns = _tiles(axes)
+@lru_cache(maxsize=64)
+def _patterns(axes: tuple[Axis, ...]) -> tuple[Tensor, Tensor]:
+    """What tiles see, each kind once, since most are alike: (kinds, T, R) entries of the flattened relative position table, one past
+    its end where a key is not seen; and (tiles,) the kind of each tile.
+    """
+    found = []
+    for t in _tiles(axes):
+        seen = t.row.where(t.allowed, -1)  # (tiles, T, R)
+        kinds, kind = torch.unique(seen.flatten(1), dim=0, return_inverse=True)
+        found.append((kinds.view(-1, *seen.shape[1:]), kind))
+    (rows, row_kind), (columns, column_kind) = found
+    rows, columns = rows[:, None, :, None, :, None], columns[None, :, None, :, None]
     width = 2 * axes[1].kernel - 1
-    seen = rows.allowed[:, None, :, None, :, None] & columns.allowed[None, :, None, :, None]
-    entry = rows.row[:, None, :, None, :, None] * width + columns.row[None, :, None, :, None]
-    entry = entry.to(torch.int32).masked_fill_(~seen, (2 * axes[0].kernel - 1) * width)
-    return entry.flatten(4).flatten(2, 3).flatten(0, 1)
-
-
-_entries_kept = lru_cache(maxsize=16)(_entries)
-
-
-def _bias(rpb: Tensor, axes: tuple[Axis, ...], dtype: torch.dtype) -> Tensor:
-    """(heads * tiles, T, R): the table's value where a key is seen, -inf elsewhere."""
-    (T, R), count = (_pixels(axes, name).shape[1] for name in ("query", "key")), len(_pixels(axes, "key"))
-    entries = (_entries_kept if count * T * R <= KEPT else _entries)(axes)
-    table = F.pad(rpb.to(dtype).flatten(1), (0, 1), value=float("-inf"))
-    return table.index_select(1, entries.flatten()).view(-1, T, R)
+    entries = (rows * width + columns).where((rows >= 0) & (columns >= 0), (2 * axes[0].kernel - 1) * width)
+    kind = row_kind[:, None] * columns.shape[1] + column_kind
+    return entries.flatten(4).flatten(2, 3).flatten(0, 1), kind.flatten()
 
 
 def _rows(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,13 +100,18 @@ def weights_op(
     q: Tensor, k: Tensor, rpb: Tensor, kernel_size: Sequence[int], dilation: Sequence[int], scale: float
 ) -> Tensor:
     axes = axes_of(q.shape[2:-1], kernel_size, dilation)
-    bias = _bias(rpb, axes, widened(q))
-    out = bias.new_empty(q.shape[0], *bias.shape)
+    entries, kind = _patterns(axes)
+    table = F.pad(rpb.to(widened(q)).flatten(1), (0, 1), value=float("-inf"))
+    bias = table.index_select(1, entries.flatten()).view(-1, *entries.shape[1:])  # (heads * kinds, T, R)
+    heads = torch.arange(q.shape[1])[:, None] * len(entries)
+    rows = (heads + kind).flatten()
+    out = bias.new_empty(q.shape[0], len(rows), *entries.shape[1:])
     for some in _images(out) if len(q) else ():
         p = out[some]
-        table = bias.expand_as(p).flatten(0, 1)
+        for image in p:
+            torch.index_select(bias, 0, rows, out=image)
         keys = _take(k[some], axes, "key").mT
-        torch.baddbmm(table, _take(q[some], axes, "query"), keys, alpha=scale, out=p.flatten(0, 1))
+        p.flatten(0, 1).baddbmm_(_take(q[some], axes, "query"), keys, alpha=scale)
         torch.softmax(p, -1, out=p)
     return out
 
