@@ -330,13 +330,16 @@ def test_train_errors(tmp_path):
     assert lines[-1].startswith("error: ")
 
 
-def test_demo_passes_its_folder_on(tmp_path, monkeypatch):
+def test_demo_passes_its_options_on(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("visionhybrid.demo.run", lambda out, seed: asked.append((out, seed)) or out / "report.html")
+    monkeypatch.setattr(
+        "visionhybrid.demo.run", lambda out, seed: asked.append((out, seed)) or out / "report.html"
+    )
     assert run("demo", "--out", tmp_path).stdout == f"report: {tmp_path / 'report.html'}\n"
-    assert asked == [tmp_path]
+    run("demo", "--out", tmp_path, "--seed", 3)
+    assert asked == [(tmp_path, 0), (tmp_path, 3)]
 
-    def short(out):
+    def short(out, seed):
         raise ValueError("the digits reached 90 %")
 
     monkeypatch.setattr("visionhybrid.demo.run", short)

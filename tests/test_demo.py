@@ -339,7 +339,7 @@ def test_missed_target_is_written_then_raised(tmp_path: Path, monkeypatch: pytes
 
 
 def test_quick_demo_end_to_end(tmp_path: Path) -> None:
-    path = demo.run(tmp_path, quick=True, progress=False)
+    path = demo.run(tmp_path, seed=3, quick=True, progress=False)
     reader = read(path.read_text(encoding="utf-8"))
     assert "Quick run, nothing judged" in reader.text
     assert all(source.startswith("data:image/") for source in reader.fetched)
@@ -361,4 +361,5 @@ def test_quick_demo_end_to_end(tmp_path: Path) -> None:
     assert found["photographs"]["training"]["steps"] == 4
     for name in ("digits", "photographs"):
         assert (tmp_path / name / "model.safetensors").is_file()
+        assert json.loads((tmp_path / name / "config.json").read_text())["loop"]["seed"] == 3
     assert not list(tmp_path.glob(".*"))

@@ -29,11 +29,12 @@ Changes = Annotated[
 @command("  visionhybrid demo\n  visionhybrid demo --out /tmp/demo")
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for the report and the runs.")] = Path("demo"),
+    seed: Annotated[int, typer.Option("--seed", help="Another one trains from other weights.")] = 0,
 ) -> None:
     """Train a classifier and a super-resolver on real images, here and now, and write a report of what was measured."""
     from visionhybrid.demo import run
 
-    typer.echo(f"report: {run(out)}")
+    typer.echo(f"report: {run(out, seed=seed)}")
 
 
 @command(

@@ -31,12 +31,13 @@ class TargetMissedError(ValueError):
     """The demo ran to its end and fell short; the message says of what, and where the report is."""
 
 
-def run(out: str | Path, *, quick: bool = False, progress: bool = True) -> Path:
+def run(out: str | Path, *, seed: int = 0, quick: bool = False, progress: bool = True) -> Path:
     """Train the two recipes of the demo, measure them on held-out images, write the report.
 
     Args:
         out: folder for report.html, report.json, digits/ and photographs/ (run directories). An earlier demo there is
             replaced; anything else is not touched.
+        seed: of both trainings: initial weights, order and augmentation of the images.
         quick: a few steps and small pictures, seconds in all: shows that everything runs. Nothing is judged.
         progress: print what is happening, with the time left, and the results.
     Returns: the path of report.html.
@@ -54,9 +55,9 @@ def run(out: str | Path, *, quick: bool = False, progress: bool = True) -> Path:
         "[bold]1 of 2[/]  Next-ViT learns handwritten digits (about half a minute on two quiet cores)",
         align="left",
     )
-    digits = learn_digits(out, quick=quick, progress=progress)
+    digits = learn_digits(out, seed=seed, quick=quick, progress=progress)
     console.rule("[bold]2 of 2[/]  HAT learns to double photographs (about three minutes)", align="left")
-    photographs = learn_photographs(out, quick=quick, progress=progress)
+    photographs = learn_photographs(out, seed=seed, quick=quick, progress=progress)
     report = page.Report(
         digits=digits,
         photographs=photographs,
@@ -64,7 +65,7 @@ def run(out: str | Path, *, quick: bool = False, progress: bool = True) -> Path:
         seconds=time.perf_counter() - start,
         quick=quick,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        command=_command(out, quick),
+        command=_command(out, seed, quick),
         machine=facts,
         versions=machine.versions(PACKAGES),
     )
@@ -98,12 +99,11 @@ def targets(digits: Digits, photographs: Photographs, *, quick: bool) -> list[pa
     ]
 
 
-def _command(out: Path, quick: bool) -> str:
+def _command(out: Path, seed: int, quick: bool) -> str:
     if quick:
-        return shlex.join(
-            ["python", "-c", f"from visionhybrid.demo import run; run({str(out)!r}, quick=True)"]
-        )
-    return shlex.join(["visionhybrid", "demo", "--out", str(out)])
+        call = f"from visionhybrid.demo import run; run({str(out)!r}, seed={seed}, quick=True)"
+        return shlex.join(["python", "-c", call])
+    return shlex.join(["visionhybrid", "demo", "--out", str(out), "--seed", str(seed)])
 
 
 def _table(report: page.Report) -> Table:

@@ -105,9 +105,9 @@ class Photographs:
         return sum(photo.gain for photo in self.photos) / len(self.photos)
 
 
-def learn_digits(out: Path, *, quick: bool = False, progress: bool = True) -> Digits:
+def learn_digits(out: Path, *, seed: int = 0, quick: bool = False, progress: bool = True) -> Digits:
     """Train the recipe in `out`/digits, then classify the held-out digits with the released weights."""
-    config, result = _train(DIGITS_RECIPE, out / "digits", quick=quick, progress=progress)
+    config, result = _train(DIGITS_RECIPE, out / "digits", seed=seed, quick=quick, progress=progress)
     model = visionhybrid.load(result["weights"])
     images, labels = digits("val")
     probability = F.softmax(_logits(model, config), 1)
@@ -142,9 +142,11 @@ def _logits(model: torch.nn.Module, config: Config) -> Tensor:
     return torch.cat([model(part) for part in batch.split(64)])
 
 
-def learn_photographs(out: Path, *, quick: bool = False, progress: bool = True) -> Photographs:
+def learn_photographs(out: Path, *, seed: int = 0, quick: bool = False, progress: bool = True) -> Photographs:
     """Train the recipe in `out`/photographs, then double the size of the held-out photographs with the released weights."""
-    config, result = _train(PHOTOGRAPHS_RECIPE, out / "photographs", quick=quick, progress=progress)
+    config, result = _train(
+        PHOTOGRAPHS_RECIPE, out / "photographs", seed=seed, quick=quick, progress=progress
+    )
     model = visionhybrid.load(result["weights"])
     photos = []
     for photo in photographs("val", channels=3):
@@ -190,10 +192,10 @@ def _busiest(truth: Tensor, side: int) -> tuple[int, int, int]:
     return 4 * row, 4 * column, side
 
 
-def _train(recipe: str, out: Path, *, quick: bool, progress: bool) -> tuple[Config, dict[str, Any]]:
-    config = find(recipe)
-    if quick:
-        config = override(config, _QUICK)
+def _train(
+    recipe: str, out: Path, *, seed: int, quick: bool, progress: bool
+) -> tuple[Config, dict[str, Any]]:
+    config = override(find(recipe), [f"loop.seed={seed}", *(_QUICK if quick else ())])
     _clear(out, recipe)
     return config, run(config, out, progress=progress)
 
