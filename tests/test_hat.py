@@ -252,7 +252,10 @@ def test_compiles_without_a_break():
     model = tiny()
     x = torch.rand(1, 3, 8, 12)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x))
+    # The compiler takes operators apart and adds in another order, so bits may differ: pixels up to 46 by 2e-5 with torch 2.11,
+    # relative 4e-7, as far as either is from float64.
+    want = model(x)
+    assert ((compiled(x) - want).norm() / want.norm()).item() < 1e-6
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(compiled(x)).all()
 

@@ -218,10 +218,15 @@ def test_every_published_weight_has_a_description():
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (7, 3), (24, 24), (32, 32), (33, 17)])
 def test_sizes_at_which_the_official_code_raises(size):
     model = trained(tiny())
+    for p in model.parameters():
+        if (
+            p.dim() > 1
+        ):  # of the initial weights, nothing but rounding is left of an image after so many layers
+            nn.init.kaiming_normal_(p)
     with torch.no_grad():
         y = model(torch.randn(2, 3, *size))
         assert y.isfinite().all()
-        assert not torch.equal(y[0], y[1])
+        assert (y[0] - y[1]).norm() > 1e-3 * y.norm()
     model.train()(torch.randn(2, 3, *size)).backward(torch.randn(2, 5))
 
 
