@@ -269,9 +269,6 @@ def _neighborhood() -> Iterator[Build]:
             packed=D % 16 == E % 16 == 0,
         )
 
-    yield build(fused._fwd, 24, "bf16", E=64, BIAS=True)
-    yield build(fused._bwd_q, 24, "bf16", E=64, BIAS=True)
-    yield build(fused._bwd_kv, 24, "bf16", E=64, BIAS=True)
     read = ("grad", "q", "k", "v", "rpb", "lse", "delta")
     for D in (16, 24, 30, 40, 64, 128):
         for kind in ("bf16", "fp32") if D != 40 else ("bf16",):

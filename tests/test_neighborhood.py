@@ -240,3 +240,31 @@ def test_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(neighborhood_attention(q, k, v, kernel_size=3).sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="neighborhood_attention: second derivatives"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("spatial", "options"),
+    [
+        ((6, 7), dict(kernel_size=(3, 3), dilation=(1, 2))),
+        ((6, 5), dict(kernel_size=(4, 2), stride=(3, 2), causal=(False, True))),
+        ((40,), dict(kernel_size=5)),
+    ],
+    ids=str,
+)
+def test_triton_walks_over_small_tiles(spatial, options, monkeypatch):
+    """In the interpreter a tile holds most of a map; tiles of 16 tokens show every edge of a walk."""
+    from visionhybrid.kernels.neighborhood_attention.triton import launch
+
+    monkeypatch.setattr(launch, "TOKENS", 16)
+    kernel = (
+        options["kernel_size"] if isinstance(options["kernel_size"], tuple) else (options["kernel_size"],)
+    )
+    leaves = [leaf(torch.randn(1, 1, *spatial, d)) for d in (8, 8, 20)]
+    leaves.append(leaf(torch.randn(1, *(2 * k - 1 for k in kernel))))
+    cotangent = torch.randn(1, 1, *spatial, 20)
+    results = {}
+    for backend in ("reference", "triton"):
+        out = neighborhood_attention(*leaves[:3], rpb=leaves[3], backend=backend, **options)
+        results[backend] = out, *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))
+    for got, want in zip(results["triton"], results["reference"], strict=True):
+        close(got, want, 1e-5)

@@ -56,7 +56,7 @@ def blocks(kernel: Any, length: Sequence[int], D: int, E: int, exact: bool) -> d
     )
     if "BLOCK_E" not in kernel.arg_names:
         del sizes["BLOCK_E"]
-    return sizes | dict(num_warps=warps, num_stages=2)
+    return sizes | dict(num_warps=warps, num_stages=1 if sums_keys and wide == 64 else 2)
 
 
 def on_three_axes(x: Tensor) -> Tensor:
