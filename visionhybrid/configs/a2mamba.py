@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from visionhybrid.configs.imagenet import AUGMENT, IMAGES
 from visionhybrid.train.config import Augment, Classification, Images, Loop, Model, Optim, Schedule
 
 
@@ -128,25 +129,6 @@ def _in1k(
             seed=42,
             workers=8,
         ),
-        data=Images(
-            dataset="", root="imagenet", train="train", held_out="val", num_classes=1000, image_size=224
-        ),
-        augment=Augment(
-            scale=(0.08, 1.0),
-            ratio=(3 / 4, 4 / 3),
-            flip=0.5,
-            color_jitter=0.4,  # without effect beside RandAugment, here as there
-            policy="rand-m9-mstd0.5-inc1",
-            erase=0.25,
-            erase_mode="pixel",
-            erase_count=1,
-            mixup=0.8,
-            cutmix=1.0,
-            mix_prob=1.0,
-            mix_switch=0.5,
-            mix_mode="batch",
-            smoothing=0.1,
-            interpolation="random",
-            crop=crop,
-        ),
+        data=IMAGES,
+        augment=replace(AUGMENT, interpolation="random", crop=crop),
     )
