@@ -29,6 +29,7 @@ class Layer:
     grid: tuple[int, ...] | None = None  # sides of its image in tokens at `sample_size`, None if unknown
     axes: int = 2  # of its grid: 2 for images, 3 for video
     joint: bool = False  # text tokens are mixed with the image's
+    masked: bool = False  # every call has a mask, of padded text
     reason: str | None = None
 
     @property

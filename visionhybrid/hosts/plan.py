@@ -72,3 +72,7 @@ def _check(part: Part) -> None:
         raise ValueError(
             f"attach: {layer.name} mixes text and image tokens together, which {part.mixer} cannot"
         )
+    if layer.masked and not about.masks:
+        raise ValueError(
+            f"attach: {layer.name} is called with a mask of padded text, which {part.mixer} cannot honour"
+        )

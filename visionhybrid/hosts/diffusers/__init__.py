@@ -2,7 +2,8 @@
 
     family.py       `Family`: what the host knows of one kind of attention
     classic.py      a family: `Attention` over images (UNets, DiT, PixArt)
-    joint.py        the processor of joint attention, text beside the image; flux.py and sd3.py, families with it
+    joint.py        processors of joint attention, text beside the image; families with them are in
+                    flux.py, sd3.py, hunyuan_video.py, cogvideox.py
     wan.py          a family: self attention over video
     sana.py         a family: SANA, whose own attention is linear
     core.py         putting mixers in and taking them out; the guard against processors that would replace them

@@ -21,7 +21,7 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair, halved
+from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair, does_more, halved
 from visionhybrid.hosts.layers import Layer
 
 __all__ = ["FAMILIES", "MixerProcessor"]
@@ -124,8 +124,6 @@ def _find(
 
 def _reason(name: str, attn: Attention, owner: nn.Module) -> str | None:
     """Why a mixer cannot take the place of this attention; None if it can."""
-    processor = type(attn.processor).__name__
-    own = getattr(attn.processor, "mixes", False)
     if TEMPORAL.intersection(name.split(".")):
         return "temporal attention: its tokens are one pixel in all frames, not an image"
     if attn.is_cross_attention:
@@ -142,9 +140,7 @@ def _reason(name: str, attn: Attention, owner: nn.Module) -> str | None:
         return "causal attention"
     if attn.scale != (attn.inner_dim // attn.heads) ** -0.5:
         return f"its logits are scaled by {attn.scale}"
-    if processor not in PLAIN and not own:
-        return f"its processor {processor} does more than softmax attention, and a mixer would undo that"
-    return None
+    return does_more(attn, PLAIN)
 
 
 def _unet_layers(model: nn.Module, size: SampleSize) -> list[Layer]:

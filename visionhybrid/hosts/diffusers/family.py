@@ -11,7 +11,7 @@ from torch import nn
 
 from visionhybrid.hosts.layers import Layer
 
-__all__ = ["Family", "SampleSize", "family_of"]
+__all__ = ["Family", "SampleSize", "does_more", "family_of"]
 
 SampleSize = tuple[int, ...] | None
 
@@ -43,14 +43,23 @@ def family_of(model: nn.Module) -> Family | None:
     return next((family for family in _families() if names.intersection(family.models)), None)
 
 
+def does_more(attn: Any, plain: frozenset[str], than: str = "softmax") -> str | None:
+    """Why the processor of `attn` must stay: it is none of the `plain` ones, and none of ours."""
+    name = type(attn.processor).__name__
+    if name in plain or getattr(attn.processor, "mixes", False):
+        return None
+    return f"its processor {name} does more than {than} attention, and a mixer would undo that"
+
+
 def known_models() -> list[str]:
     return [name for family in _families() for name in family.models]
 
 
 def _families() -> Sequence[Family]:
-    from visionhybrid.hosts.diffusers import classic, flux, sana, sd3, wan
+    from visionhybrid.hosts.diffusers import classic, cogvideox, flux, hunyuan_video, sana, sd3, wan
 
-    return (*classic.FAMILIES, *flux.FAMILIES, *sd3.FAMILIES, *sana.FAMILIES, *wan.FAMILIES)
+    files = (classic, flux, sd3, sana, wan, hunyuan_video, cogvideox)
+    return [family for file in files for family in file.FAMILIES]
 
 
 def as_pair(size: int | Sequence[int] | None) -> tuple[int, ...] | None:

@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 
 from visionhybrid.hosts.diffusers.arguments import Call, added, argument, drop
-from visionhybrid.hosts.diffusers.family import Family, SampleSize
+from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more
 from visionhybrid.hosts.diffusers.joint import JointProcessor
 from visionhybrid.hosts.layers import Layer
 
@@ -35,8 +35,6 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
     found = []
     for name, module in model.named_modules():
         if isinstance(module, FluxAttention):
-            processor, own = type(module.processor).__name__, getattr(module.processor, "mixes", False)
-            plain = own or processor in PLAIN
             found.append(
                 Layer(
                     name=name,
@@ -46,9 +44,7 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
                     head_dim=module.head_dim,
                     grid=grid,
                     joint=True,
-                    reason=None
-                    if plain
-                    else f"its processor {processor} does more than softmax attention, and a mixer would undo that",
+                    reason=does_more(module, PLAIN),
                 )
             )
     return found

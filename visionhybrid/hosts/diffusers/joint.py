@@ -1,7 +1,7 @@
-"""The processor for joint attention of text and image tokens, each with projections of its own: Flux, Stable Diffusion 3.
+"""Processors for joint attention of text and image tokens: Flux, Stable Diffusion 3, CogVideoX, HunyuanVideo.
 
-Mixers take the sequence as [text, image], which is Flux's order; SD3 has [image, text], so there the streams are put together
-the other way than diffusers does, and taken apart again. Nothing but a sum over all tokens depends on it.
+Mixers take the sequence as [text, image], the order of Flux and CogVideoX; SD3 and HunyuanVideo have [image, text], so there the
+streams are put together the other way than diffusers does, and taken apart again. Nothing but a sum over all tokens depends on it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
-__all__ = ["JointProcessor"]
+__all__ = ["JointProcessor", "VideoJointProcessor"]
 
 # to_q, to_k, to_v, both norms, and the one projection that `fuse_qkv_projections` makes
 IMAGE = ("to_q", "to_k", "to_v", "norm_q", "norm_k", "to_qkv")
@@ -23,49 +23,77 @@ class JointProcessor:
     """Runs `attn.mixer` where diffusers' `FluxAttnProcessor` or `JointAttnProcessor2_0` would run softmax attention."""
 
     mixes = True
+    rotates_text = True
     _parallel_config: Any = None  # diffusers writes it when tokens are sharded over ranks
 
     def __call__(
         self,
-        attn: Any,  # `FluxAttention`, or an `Attention` with added projections
+        attn: Any,  # `FluxAttention` or `Attention`
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        image_rotary_emb: tuple[Any, ...] | None = None,
         grid: tuple[int, ...] | None = None,
         text_tokens: int = 0,
-    ) -> Tensor | tuple[Tensor, Tensor | None]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """(B, N, C) and, in blocks with two streams, (B, M, C) of text; to the same shapes, image first.
 
         Args:
-            image_rotary_emb: cosine and sine (M + N, D) of [text, image].
+            attention_mask: (B, 1, 1, N + M), True for real tokens, for mixers that take one.
+            image_rotary_emb: cosine and sine, (M + N, D) of [text, image] or (N, D) of the image; the grid may come third.
             grid: sides of the image. text_tokens: how many of `hidden_states` come first and are text, where there is one
                 stream only.
         """
         mixer, name = attn.mixer, attn.mixer.about.name
-        if attention_mask is not None:
-            raise ValueError(f"{name}: cannot honour a bias on softmax logits, which attention_mask is here")
         if self._parallel_config is not None:
             raise ValueError(f"{name}: sees its rank's tokens only; context parallelism is not supported")
         q, k, v = _project(attn, hidden_states, IMAGE)
+        rotary, sides = (image_rotary_emb or ())[:2], (image_rotary_emb or ())[2:]
+        if rotary and not self.rotates_text:
+            q, k = (apply_rotary_emb(x, rotary) for x in (q, k))
+        apart = getattr(attn, "add_q_proj", None) is not None  # text has projections of its own
         if encoder_hidden_states is not None:
             text_tokens = encoder_hidden_states.shape[1]
-            text = _project(attn, encoder_hidden_states, TEXT)
+            text = _project(attn, encoder_hidden_states, TEXT if apart else IMAGE)
             q, k, v = (torch.cat(pair, 2) for pair in zip(text, (q, k, v), strict=True))
-        if image_rotary_emb is not None:
-            q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=2) for x in (q, k))
+        if rotary and self.rotates_text:
+            q, k = (apply_rotary_emb(x, rotary) for x in (q, k))
+        grid = sides[0] if sides else grid
         if grid is None:
             if mixer.about.grids:
                 raise ValueError(
-                    f"{name}: needs the sides of its {q.shape[2] - text_tokens} image tokens, which this model did not tell"
+                    f"{name}: needs the sides of its {q.shape[2] - text_tokens} image tokens, "
+                    "which this model did not tell"
                 )
             grid = (q.shape[2] - text_tokens,)
 
-        out = mixer(q, k, v, grid=grid, text_tokens=text_tokens).transpose(1, 2).flatten(2)  # (B, M + N, C)
+        extra = (
+            {} if attention_mask is None else {"key_mask": self.key_mask(attention_mask, text_tokens, name)}
+        )
+        out = mixer(q, k, v, grid=grid, text_tokens=text_tokens, **extra).transpose(1, 2).flatten(2)
         if encoder_hidden_states is None:
             return _leave(attn, out)
         text, image = out.tensor_split([text_tokens], dim=1)
-        return _leave(attn, image), text if attn.context_pre_only else attn.to_add_out(text)
+        if apart:
+            text = text if attn.context_pre_only else attn.to_add_out(text)
+        else:
+            text = _leave(attn, text)
+        return _leave(attn, image), text
+
+    def key_mask(self, attention_mask: Tensor, text_tokens: int, name: str) -> Tensor:
+        """(B, M + N), True for keys of [text, image] that count."""
+        raise ValueError(f"{name}: cannot honour a bias on softmax logits, which attention_mask is here")
+
+
+class VideoJointProcessor(JointProcessor):
+    """Runs `attn.mixer` in HunyuanVideo and CogVideoX: rotary on the video only, padded text masked (as keys)."""
+
+    rotates_text = False
+
+    def key_mask(self, attention_mask: Tensor, text_tokens: int, name: str) -> Tensor:
+        if attention_mask.dtype != torch.bool or attention_mask.shape[1:3] != (1, 1):
+            return super().key_mask(attention_mask, text_tokens, name)
+        return attention_mask[:, 0, 0].roll(text_tokens, 1)  # comes as [video, text]
 
 
 def _project(attn: Any, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:

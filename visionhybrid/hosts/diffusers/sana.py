@@ -15,7 +15,7 @@ from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import Tensor, nn
 
 from visionhybrid.hosts.diffusers.arguments import argument
-from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair
+from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair, does_more
 from visionhybrid.hosts.layers import Layer
 
 __all__ = ["FAMILIES", "SanaMixerProcessor"]
@@ -59,7 +59,6 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
     found = []
     for name, module in model.named_modules():
         if isinstance(module, Attention):
-            reason = _reason(module)
             found.append(
                 Layer(
                     name=name,
@@ -68,19 +67,12 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
                     heads=module.heads,
                     head_dim=module.inner_dim // module.heads,
                     grid=grid,
-                    reason=reason,
+                    reason="cross attention: its keys are the text's"
+                    if module.is_cross_attention
+                    else does_more(module, PLAIN, "linear"),
                 )
             )
     return found
-
-
-def _reason(attn: Attention) -> str | None:
-    processor, own = type(attn.processor).__name__, getattr(attn.processor, "mixes", False)
-    if attn.is_cross_attention:
-        return "cross attention: its keys are the text's"
-    if processor not in PLAIN and not own:
-        return f"its processor {processor} does more than linear attention, and a mixer would undo that"
-    return None
 
 
 def _hooks(model: nn.Module, names: set[str]) -> list[Any]:

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from visionhybrid.hosts.diffusers.arguments import Call, added, argument, drop
-from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair
+from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair, does_more
 from visionhybrid.hosts.diffusers.joint import JointProcessor
 from visionhybrid.hosts.layers import Layer
 
@@ -31,7 +31,6 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
     found = []
     for name, module in model.named_modules():
         if isinstance(module, Attention):
-            processor, own = type(module.processor).__name__, getattr(module.processor, "mixes", False)
             found.append(
                 Layer(
                     name=name,
@@ -41,9 +40,7 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
                     head_dim=module.inner_dim // module.heads,
                     grid=grid,
                     joint=module.added_kv_proj_dim is not None,
-                    reason=None
-                    if own or processor in PLAIN
-                    else f"its processor {processor} does more than softmax attention, and a mixer would undo that",
+                    reason=does_more(module, PLAIN),
                 )
             )
     return found

@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
 
 from visionhybrid.hosts.diffusers.arguments import Call, argument
-from visionhybrid.hosts.diffusers.family import Family, SampleSize
+from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more
 from visionhybrid.hosts.layers import Layer
 
 __all__ = ["FAMILIES", "WanMixerProcessor"]
@@ -90,19 +90,12 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
                     head_dim=module.inner_dim // module.heads,
                     grid=None if module.is_cross_attention else grid,
                     axes=3,
-                    reason=_reason(module),
+                    reason="cross attention: its keys are the text's"
+                    if module.is_cross_attention
+                    else does_more(module, PLAIN),
                 )
             )
     return found
-
-
-def _reason(attn: WanAttention) -> str | None:
-    processor, own = type(attn.processor).__name__, getattr(attn.processor, "mixes", False)
-    if attn.is_cross_attention:
-        return "cross attention: its keys are the text's"
-    if processor not in PLAIN and not own:
-        return f"its processor {processor} does more than softmax attention, and a mixer would undo that"
-    return None
 
 
 def _hooks(model: nn.Module, names: set[str]) -> list[Any]:

@@ -1,0 +1,79 @@
+"""HunyuanVideo: joint attention of video and text, in double blocks with projections apart, in single blocks with the same.
+
+Blocks hand down `attention_mask`, which hides padded text, and the pair of cosine and sine that the model's `rope` makes of the
+latent video, for the video's tokens. The grid goes with that pair, as in Wan. Since there always is a mask, only mixers that take
+one can be here (`about(name).masks`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from visionhybrid.hosts.diffusers.arguments import Call, argument
+from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more
+from visionhybrid.hosts.diffusers.joint import VideoJointProcessor
+from visionhybrid.hosts.layers import Layer
+
+__all__ = ["FAMILIES"]
+
+PLAIN = frozenset({"HunyuanVideoAttnProcessor2_0"})
+
+
+def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
+    """`size` in elements of the latent video, (frames, height, width)."""
+    config: Any = model.config
+    if size is not None and len(size) != 3:
+        raise ValueError(f"attach: sample_size of a video model is (frames, height, width), got {size}")
+    patch = (config.patch_size_t, config.patch_size, config.patch_size)
+    grid = None if size is None else tuple(n // p for n, p in zip(size, patch, strict=True))
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, Attention):
+            text = name.startswith("context_embedder")
+            found.append(
+                Layer(
+                    name=name,
+                    module=module,
+                    dim=module.query_dim,
+                    heads=module.heads,
+                    head_dim=module.inner_dim // module.heads,
+                    grid=None if text else grid,
+                    axes=3,
+                    joint=True,
+                    masked=True,
+                    reason="its tokens are the text's" if text else does_more(module, PLAIN),
+                )
+            )
+    return found
+
+
+def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
+    handles = [model.get_submodule("rope").register_forward_hook(_add_sides, with_kwargs=True)]
+    for name, module in model.named_modules():
+        if isinstance(module, Attention) and name not in names:
+            handles.append(module.register_forward_pre_hook(_drop_sides, with_kwargs=True))
+    return handles
+
+
+def _add_sides(rope: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rotary: Any) -> tuple[Any, ...]:
+    frames, height, width = argument(args, kwargs, 0, "hidden_states").shape[2:]
+    return (*rotary, (frames // rope.patch_size_t, height // rope.patch_size, width // rope.patch_size))
+
+
+def _drop_sides(attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    rotary = kwargs.get("image_rotary_emb")
+    return args, kwargs if rotary is None else {**kwargs, "image_rotary_emb": rotary[:2]}
+
+
+FAMILIES = (
+    Family(
+        models=("HunyuanVideoTransformer3DModel",),
+        layers=_layers,
+        processor=lambda module: VideoJointProcessor(),
+        hooks=_hooks,
+        plain=PLAIN,
+    ),
+)
