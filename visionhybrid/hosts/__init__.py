@@ -32,7 +32,11 @@ from visionhybrid.hosts.report import Report
 __all__ = ["attach", "describe", "detach"]
 
 # package of a model's class -> module of its host
-HOSTS = {"visionhybrid.diffusion": "visionhybrid.hosts.own", "diffusers": "visionhybrid.hosts.diffusers"}
+HOSTS = {
+    "visionhybrid.diffusion": "visionhybrid.hosts.own",
+    "diffusers": "visionhybrid.hosts.diffusers",
+    "timm": "visionhybrid.hosts.timm",
+}
 
 
 def attach(
