@@ -1,7 +1,8 @@
-"""diffusers' model tests on UNet, DiT and PixArt with mixers, built from a config as any model of diffusers'."""
+"""diffusers' model tests on models with mixers, built from a config as any model of diffusers'."""
 
 import pytest
 import tiny_pipelines as tiny
+import tiny_transformers as transformers
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers_tests.models import testing_utils as upstream
@@ -132,4 +133,97 @@ class TestPixArtAttention(PixArt, Attention):
 
 
 class TestPixArtTraining(PixArt, upstream.TrainingTesterMixin):
+    pass
+
+
+class Flux(Config):
+    output_shape = (80, 16)
+    mixer, options = "sla", {"topk": 0.3, "block_q": 16, "block_k": 16}
+
+    @staticmethod
+    def plain():
+        return transformers.transformer("flux")
+
+    def get_dummy_inputs(self):
+        return transformers.flux_inputs()
+
+
+class TestFlux(Flux, upstream.ModelTesterMixin):
+    pass
+
+
+class TestFluxAttention(Flux, Attention):
+    pass
+
+
+class TestFluxLora(Flux, upstream.LoraTesterMixin):
+    pass
+
+
+class TestFluxTraining(Flux, upstream.TrainingTesterMixin):
+    pass
+
+
+class TestFluxMemory(Flux, upstream.MemoryTesterMixin):
+    pass
+
+
+class TestFluxWithClear(Flux, upstream.ModelTesterMixin, upstream.TrainingTesterMixin):
+    """A mixer that needs the grid, which is read from `img_ids`."""
+
+    mixer, options = "clear", {"radius": 1.5, "down": 2}
+
+
+class SD3(Config):
+    output_shape = (4, 12, 16)
+
+    @staticmethod
+    def plain():
+        return transformers.transformer("sd3")
+
+    def get_dummy_inputs(self):
+        return transformers.sd3_inputs(batch=2)
+
+
+class TestSD3(SD3, upstream.ModelTesterMixin):
+    pass
+
+
+class TestSD3Attention(SD3, Attention):
+    pass
+
+
+class TestSD3Training(SD3, upstream.TrainingTesterMixin):
+    pass
+
+
+class Wan(Config):
+    output_shape = (16, 3, 8, 10)
+    mixer, options = "sla", {"topk": 0.3, "block_q": 16, "block_k": 16}
+
+    @staticmethod
+    def plain():
+        return transformers.transformer("wan")
+
+    def get_dummy_inputs(self):
+        return transformers.wan_inputs()
+
+
+class TestWan(Wan, upstream.ModelTesterMixin):
+    pass
+
+
+class TestWanAttention(Wan, Attention):
+    pass
+
+
+class TestWanLora(Wan, upstream.LoraTesterMixin):
+    pass
+
+
+class TestWanTraining(Wan, upstream.TrainingTesterMixin):
+    pass
+
+
+class TestWanMemory(Wan, upstream.MemoryTesterMixin):
     pass

@@ -6,7 +6,7 @@ streams are put together the other way than diffusers does, and taken apart agai
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -50,14 +50,14 @@ class JointProcessor:
         q, k, v = _project(attn, hidden_states, IMAGE)
         rotary, sides = (image_rotary_emb or ())[:2], (image_rotary_emb or ())[2:]
         if rotary and not self.rotates_text:
-            q, k = (apply_rotary_emb(x, rotary) for x in (q, k))
+            q, k = _rotate(q, rotary), _rotate(k, rotary)
         apart = getattr(attn, "add_q_proj", None) is not None  # text has projections of its own
         if encoder_hidden_states is not None:
             text_tokens = encoder_hidden_states.shape[1]
             text = _project(attn, encoder_hidden_states, TEXT if apart else IMAGE)
             q, k, v = (torch.cat(pair, 2) for pair in zip(text, (q, k, v), strict=True))
         if rotary and self.rotates_text:
-            q, k = (apply_rotary_emb(x, rotary) for x in (q, k))
+            q, k = _rotate(q, rotary), _rotate(k, rotary)
         grid = sides[0] if sides else grid
         if grid is None:
             if mixer.about.grids:
@@ -108,6 +108,10 @@ def _project(attn: Any, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tens
         parts = to_q(x), to_k(x), to_v(x)
     q, k, v = (part.unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in parts)
     return q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k), v
+
+
+def _rotate(x: Tensor, rotary: tuple[Any, ...]) -> Tensor:
+    return cast(Tensor, apply_rotary_emb(x, rotary))  # a tensor, given cosine and sine
 
 
 def _leave(attn: Any, x: Tensor) -> Tensor:

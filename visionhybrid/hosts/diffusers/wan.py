@@ -45,7 +45,7 @@ class WanMixerProcessor:
             raise ValueError(f"{name}: mixes a video with itself, got encoder_hidden_states")
         if self._parallel_config is not None:
             raise ValueError(f"{name}: sees its rank's tokens only; context parallelism is not supported")
-        cos, sin, *sides = rotary_emb or (None, None)
+        rotary, sides = (rotary_emb or ())[:2], (rotary_emb or ())[2:]
         if mixer.about.grids and not sides:
             raise ValueError(f"{name}: needs (T, H, W) of {x.shape[1]} tokens, which this model did not tell")
 
@@ -58,8 +58,8 @@ class WanMixerProcessor:
             q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
         q, k = attn.norm_q(q), attn.norm_k(k)  # over all heads at once
         q, k, v = (y.unflatten(2, (attn.heads, -1)) for y in (q, k, v))  # (B, N, heads, D)
-        if cos is not None:
-            q, k = (_rotate(y, cos, sin) for y in (q, k))
+        if rotary:
+            q, k = _rotate(q, *rotary), _rotate(k, *rotary)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         out = mixer(q, k, v, grid=sides[0] if sides else (x.shape[1],)).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](out.to(q.dtype)))
