@@ -10,6 +10,8 @@ from golden import list_cases, load_case
 from torch.nn import functional as F
 
 import visionhybrid
+from visionhybrid.kernels import dispatch
+from visionhybrid.kernels.window_attention import BACKENDS
 from visionhybrid.models import hat
 from visionhybrid.models.checkpoint import rename
 from visionhybrid.models.hat import (
@@ -105,7 +107,9 @@ def test_hybrid_block(name):
     case.check("out", out.flatten(1, 2)[:, ::4])
 
 
-def test_overlap_block():
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_overlap_block(backend, monkeypatch):
+    monkeypatch.setattr(dispatch, "PREFERRED", backend)
     case = load_case("hat_ocab_w8_16x24")
     block = OverlapBlock(48, 4, 8, 12, mlp_dim=96)
     block.load_state_dict(block_state(case, window_size=8, key_window_size=12))

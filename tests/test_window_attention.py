@@ -6,6 +6,7 @@ from golden import load_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from visionhybrid.kernels import dispatch
 from visionhybrid.kernels.dispatch import pick, why
 from visionhybrid.kernels.window_attention import BACKENDS, arguments, eager, grid, window_attention
 from visionhybrid.kernels.window_attention.bands import suits
@@ -174,8 +175,10 @@ def test_operator_is_registered_completely(name):
     torch.library.opcheck(eager._attention, (q, k, v, bias, list(window), list(reach), list(shift), scale))
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize(("case", "shift"), [("hat_window_attn_w8", 0), ("hat_window_attn_mask_w8", 4)])
-def test_published_numbers(case, shift):
+def test_published_numbers(case, shift, backend, monkeypatch):
+    monkeypatch.setattr(dispatch, "PREFERRED", backend)
     case = load_case(case)
     state = rename(case.state_dict(), BLOCK_RULES)
     state = {key.removeprefix("mixer."): value for key, value in state.items()}
