@@ -236,12 +236,74 @@ def test_places_that_are_no_grid_are_refused():
     assert expected.isfinite().all()
 
 
-def test_ip_adapters_of_flux_are_refused_where_a_mixer_is():
-    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+def ip_adapter(model):
+    """An adapter's file of one picture in four tokens, as the authors of IP-Adapter lay it out."""
+    torch.manual_seed(1)
+    projections = {
+        f"0.{key}.{leaf}": torch.randn(shape)
+        for key in ("to_k_ip", "to_v_ip")
+        for leaf, shape in (("weight", (32, 32)), ("bias", (32,)))
+    }
+    image = {
+        "proj.weight": torch.randn(4 * 32, 16),
+        "proj.bias": torch.randn(4 * 32),
+        "norm.weight": torch.ones(32),
+        "norm.bias": torch.zeros(32),
+    }
+    return {"image_proj": image, "ip_adapter": projections}
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "clear"])
+def test_ip_adapters_of_flux(mixer):
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
+
+    inputs = flux_inputs()
+    picture = {"ip_adapter_image_embeds": [torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(2))]}
+
+    def seen(model):
+        return output(model, **inputs, joint_attention_kwargs=dict(picture))
+
+    plain = transformer("flux")
+    before = output(plain, **inputs)
+    plain._load_ip_adapter_weights([ip_adapter(plain)])
+    expected = seen(plain)
+    assert not torch.allclose(expected, before, atol=1e-2)
+
+    model = transformer("flux")
+    visionhybrid.attach(model, mixer, **MIXERS.get(mixer, {}))
+    mixed = output(model, **inputs)
+    model._load_ip_adapter_weights([ip_adapter(model)])
+    adapted = seen(model)
+    if mixer == "softmax":
+        torch.testing.assert_close(adapted, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(adapted, mixed, atol=1e-2)
+    for processor in model.attn_processors.values():  # as pipelines set a scale
+        if isinstance(processor, FluxIPAdapterAttnProcessor):
+            processor.scale = [0.0]
+    torch.testing.assert_close(seen(model), mixed, rtol=1e-5, atol=1e-5)
+    for processor in model.attn_processors.values():
+        if isinstance(processor, FluxIPAdapterAttnProcessor):
+            processor.scale = [1.0]
+    other = copy.deepcopy(model)
+    visionhybrid.detach(other)  # the adapter stays
+    assert torch.equal(seen(other), expected)
+    model.set_attn_processor(  # as pipelines unload it
+        {
+            key: FluxAttnProcessor() if isinstance(value, FluxIPAdapterAttnProcessor) else type(value)()
+            for key, value in model.attn_processors.items()
+        }
+    )
+    assert torch.equal(output(model, **inputs), mixed)
+    visionhybrid.detach(model)
+    assert torch.equal(output(model, **inputs), before)
+
+
+def test_other_processors_are_refused_where_a_mixer_is():
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
     model = transformer("flux")
     processors = dict(model.attn_processors)
     visionhybrid.attach(model, "softmax", layers="transformer_blocks")
-    processors[f"{DOUBLE}.processor"] = FluxIPAdapterAttnProcessor(32, 32)
+    processors[f"{DOUBLE}.processor"] = FluxAttnProcessor()
     with pytest.raises(ValueError, match=f"{DOUBLE}.processor runs a mixer; detach that layer first"):
         model.set_attn_processor(processors)

@@ -201,3 +201,27 @@ def test_weights_of_clear_are_whole_or_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"fetch clear_local_16_down_4.safetensors from https://hugg"):
         visionhybrid.attach(model, "clear", weights="Huage001/CLEAR", radius=16, down=4)
+
+
+@pytest.mark.parametrize("name", cases("sana_tiny_"))
+def test_sana_with_linear(name):
+    """SANA itself, whose attention the mixer computes now."""
+    from diffusers import SanaTransformer2DModel
+
+    case = load_case(name)
+    model = SanaTransformer2DModel(**case.facts["kwargs"]).eval()
+    model.load_state_dict(case.state_dict(), strict=True)
+    visionhybrid.attach(model, "linear")
+    mask = torch.ones(2, 7)
+    mask[1, 4:] = 0
+    sample = output(
+        model,
+        hidden_states=case.input("x"),
+        encoder_hidden_states=case.input("e"),
+        timestep=torch.tensor([13, 870]),
+        encoder_attention_mask=mask,
+    )
+    case.check("y", sample)
+    with torch.no_grad():
+        model.transformer_blocks[0].attn1.mixer.sides = case.input("x").shape[2:]
+        case.check("attn1", model.transformer_blocks[0].attn1(case.input("h")))

@@ -125,7 +125,8 @@ def remove(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         held, attn = state.layers.pop(name), cast(Any, model.get_submodule(name))
         _swap(attn, held.own)
-        attn.set_processor(held.processor)
+        own = attn.processor.release() if hasattr(attn.processor, "release") else held.processor
+        attn.set_processor(own)
         del attn.mixer
     if not state.layers:
         _swap(model, state.own)

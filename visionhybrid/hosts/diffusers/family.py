@@ -28,6 +28,9 @@ class Family:
             arguments, has an attribute `mixes = True`, and names every parameter of `__call__`: diffusers drops the rest.
         hooks: (model, names of the layers that have a mixer) -> handles of the hooks that tell processors the grid. A grid
             has to travel as an argument, not as state: a checkpointed layer runs again when other sizes may have come by.
+        plain: names of diffusers' processors that compute nothing but the attention which a mixer replaces.
+        adapt: (attention with a mixer, processor that is to be set there) -> one that runs the mixer and does what that one
+            does beside attention; or that one, which is then refused. It may have `release()`, what `detach` leaves behind.
     """
 
     models: tuple[str, ...]
@@ -35,6 +38,7 @@ class Family:
     processor: Callable[[nn.Module], Any]
     hooks: Callable[[nn.Module, set[str]], list[Any]]
     plain: frozenset[str]
+    adapt: Callable[[Any, Any], Any] = lambda attn, processor: processor
 
 
 def family_of(model: nn.Module) -> Family | None:

@@ -5,6 +5,9 @@ them, if a mixer needs sides, and adds them and the number of text tokens to `jo
 That is one look at a tensor's values a step, where `torch.compile(fullgraph=True)` cannot follow: give
 `joint_attention_kwargs={"grid": (H, W)}` then, in tokens, which is taken as it is. (Compiling block by block needs nothing.)
 
+An IP-Adapter adds attention from the image's queries to its own tokens after the joint attention of double blocks. diffusers loads
+it as a processor there, which is made one that runs the mixer first.
+
 CLEAR's NTK factor multiplies the base of the rotary embedding: `transformer.pos_embed.theta = 10_000 * factor`.
 """
 
@@ -14,19 +17,71 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_flux import FluxAttention
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxIPAdapterAttnProcessor
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from visionhybrid.hosts.diffusers.arguments import Call, added, argument, drop
 from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more
 from visionhybrid.hosts.diffusers.joint import JointProcessor
 from visionhybrid.hosts.layers import Layer
 
-__all__ = ["FAMILIES"]
+__all__ = ["FAMILIES", "FluxIPMixerProcessor"]
 
 PLAIN = frozenset({"FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0"})
 # places among the arguments of FluxTransformer2DModel.forward
 HIDDEN, ENCODER, IMG_IDS, KWARGS = 0, 1, 4, 7
+
+
+class FluxIPMixerProcessor(FluxIPAdapterAttnProcessor):
+    """Runs `attn.mixer` where diffusers' `FluxIPAdapterAttnProcessor` would run softmax attention; its weights are that one's."""
+
+    mixes = True
+
+    def __call__(
+        self,
+        attn: Any,  # the `FluxAttention` of a double block
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Any, ...] | None = None,
+        ip_hidden_states: list[Tensor] | None = None,
+        grid: tuple[int, ...] | None = None,
+        text_tokens: int = 0,
+    ) -> tuple[Tensor, ...]:
+        """As `JointProcessor`; and what the image gets of `ip_hidden_states`, (B, L, C) of each adapter, where there are any."""
+        out = JointProcessor()(
+            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, grid, text_tokens
+        )
+        if ip_hidden_states is None:
+            return out  # pyright: ignore[reportReturnType]
+        q = attn.norm_q(attn.to_q(hidden_states).unflatten(2, (attn.heads, -1))).transpose(
+            1, 2
+        )  # not rotated
+        seen = torch.zeros_like(out[0])
+        for tokens, scale, to_k, to_v in zip(
+            ip_hidden_states, self.scale, self.to_k_ip, self.to_v_ip, strict=True
+        ):
+            k, v = (
+                to(tokens).unflatten(-1, (attn.heads, -1)).flatten(1, -3).transpose(1, 2)
+                for to in (to_k, to_v)
+            )
+            seen = seen + scale * scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return *out, seen
+
+    def release(self) -> FluxIPAdapterAttnProcessor:
+        """diffusers' own processor with these weights, for `detach`."""
+        self.__class__ = FluxIPAdapterAttnProcessor  # pyright: ignore[reportAttributeAccessIssue]
+        return self
+
+
+def _adapt(attn: Any, processor: Any) -> Any:
+    """Loading an IP-Adapter, or unloading it, beside a mixer."""
+    if type(processor) is FluxIPAdapterAttnProcessor:
+        processor.__class__ = FluxIPMixerProcessor
+    elif isinstance(attn.processor, FluxIPMixerProcessor) and type(processor).__name__ in PLAIN:
+        return JointProcessor()
+    return processor
 
 
 def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
@@ -93,5 +148,6 @@ FAMILIES = (
         processor=lambda module: JointProcessor(),
         hooks=_hooks,
         plain=PLAIN,
+        adapt=_adapt,
     ),
 )

@@ -26,6 +26,8 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from visionhybrid.hosts.diffusers.family import family_of
+
 if TYPE_CHECKING:
     from visionhybrid.hosts.diffusers.core import State
 
@@ -84,6 +86,9 @@ def set_attn_processor(self: Any, processor: Any) -> None:
     """As in diffusers, for the attention that has no mixer: those that have one keep it, and a dict must agree with that."""
     ours = {f"{name}.processor": self.get_submodule(name).processor for name in self._visionhybrid.layers}
     if isinstance(processor, dict):
+        adapt = cast(Any, family_of(self)).adapt
+        held = {f"{name}.processor": self.get_submodule(name) for name in self._visionhybrid.layers}
+        processor |= {key: adapt(held[key], processor[key]) for key in ours if key in processor}
         lost = [key for key in ours if key in processor and not getattr(processor[key], "mixes", False)]
         if lost and len(processor) == len(self.attn_processors):  # diffusers counts first
             raise ValueError(f"set_attn_processor: {lost[0]} runs a mixer; detach that layer first")
