@@ -136,6 +136,16 @@ def test_weights_of_sla_are_whole_or_refused():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_weights_are_one_transformers():
+    """Wan 2.2 has two, with weights of their own."""
+    pipe = tiny.wan()
+    pipe.register_modules(transformer_2=transformer("wan"))
+    assert len(visionhybrid.attach(pipe, "sla").mixed) == 4
+    visionhybrid.detach(pipe)
+    with pytest.raises(ValueError, match="attach to each of this pipeline's transformers by itself"):
+        visionhybrid.attach(pipe, "sla", weights="weights.pth")
+
+
 def test_tuned_weights_cannot_be_given_back_from_a_checkpoint(tmp_path):
     case = load_case("sla_wan_t5h12w16")
     model = wan_model(case.facts["kwargs"])
@@ -194,6 +204,7 @@ def test_weights_of_clear_are_whole_or_refused(tmp_path, monkeypatch):
         (lost, dict(radius=8), f"{DOUBLE} lacks to_out.0.bias"),
         ({**state, "x_embedder.weight": torch.ones(1)}, dict(radius=8), "no place for x_embedder.weight"),
         (tmp_path / "nothing.safetensors", {}, "is no file"),
+        ("nowhere/nothing.safetensors", {}, "is no file"),
     ]:
         with pytest.raises(ValueError, match=message):
             visionhybrid.attach(model, "clear", weights=weights, **options)

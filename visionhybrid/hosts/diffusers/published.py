@@ -55,7 +55,11 @@ def read(
     """
     name = "the weights given" if isinstance(source, Mapping) else str(source)
     if mixer == "clear":
-        if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists():
+        if (
+            isinstance(source, str)
+            and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.safetensors)", source)
+            and not Path(source).exists()
+        ):
             name = f"clear_local_{options.get('radius', 16)}"
             name += f"_down_{options['down']}.safetensors" if options.get("down", 1) > 1 else ".safetensors"
             source = _fetch(source, name) / name
