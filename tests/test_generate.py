@@ -40,16 +40,16 @@ def test_a_perfect_predictor_is_sampled_back_to_the_image(config):
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda c: f"{c.predict}-{c.times}")
 def test_times_and_weights(config):
-    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     process = noising(config)
-    for times in (process.draw(4000, torch.device("cpu")), process.spread(11)):
+    for times in (process.draw(4000, generator), process.spread(11)):
         assert times.min() >= 0
         assert times.max() <= 1000
         assert (process.weight(times) > 0).all()
         assert (process.weight(times) <= 1).all()
-    assert process.draw(4000, torch.device("cpu")).std() > 100
+    assert process.draw(4000, generator).std() > 100
     if config.shift == 3:
-        assert process.draw(4000, torch.device("cpu")).mean() > 650  # more noise
+        assert process.draw(4000, generator).mean() > 650  # more noise
 
 
 def test_min_snr_weights():
@@ -156,3 +156,12 @@ def test_a_judge_says_what_it_sees(tmp_path):
 def test_what_cannot_be_trained(word, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         run(tiny(word), tmp_path / "run", progress=False)
+
+
+def test_a_step_does_not_depend_on_how_its_batch_is_shared(tmp_path):
+    """Micro-batches stand for processes: noise, times and dropped labels belong to the image."""
+    logs = []
+    for words in ((), ("loop.micro_batch=3",)):
+        done = run(tiny("loop.steps=2", *words), tmp_path / str(len(words)), progress=False)
+        logs.append([line["loss"] for line in done["history"] if line["kind"] == "train"])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)

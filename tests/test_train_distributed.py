@@ -15,34 +15,34 @@ import torch
 from safetensors.torch import load_file
 from train_case import toy
 
-from visionhybrid.train import run, state
+from visionhybrid.train import find, override, run, state
 from visionhybrid.train.log import read
 
 HERE = Path(__file__).parent
 # without what each process does with its own half of the batch (dropout, batch norm, mixing), the sums are the same
-EXACT = "dropout=0.0, norm=False, mixing=False, loop_steps=8, loop_validate_every=4"
+EXACT = "toy(dropout=0.0, norm=False, mixing=False, loop_steps=8, loop_validate_every=4)"
 CODE = """
 import os, sys
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from train_case import toy
-from visionhybrid.train import run
+from visionhybrid.train import find, override, run
 if __name__ == "__main__":
     if "FSDP_VERSION" in os.environ:
         # accelerate offers FSDP only where it sees accelerators; torch's own works with gloo
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    run(toy({}), sys.argv[1], progress=False)
+    run({}, sys.argv[1], progress=False)
 """
 
 
-def launch(out: Path, fields: str, **environment: str) -> None:
+def launch(out: Path, config: str, **environment: str) -> None:
     """What `accelerate launch` does: two processes that find each other by environment variables."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     script = out.parent / f"{out.name}.py"
-    script.write_text(textwrap.dedent(CODE).format(fields))
+    script.write_text(textwrap.dedent(CODE).format(config))
     shared = {
         **os.environ,
         "PYTHONPATH": str(HERE),
@@ -85,7 +85,7 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_
 
 @pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp2"])
 def test_two_processes_are_one(tmp_path, environment):
-    config = eval(f"toy({EXACT})", {"toy": toy})
+    config = eval(EXACT, {"toy": toy})
     run(config, tmp_path / "one", progress=False)
     launch(tmp_path / "two", EXACT, **environment)
     for name in ("loss", "grad_norm", "order"):
@@ -104,3 +104,26 @@ def test_two_processes_are_one(tmp_path, environment):
     state.shutil.rmtree(path)
     run(config, tmp_path / "two", progress=False)
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-3, atol=1e-5)
+
+
+SMALL = (
+    "'model.options.num_layers=2', 'model.options.attention_head_dim=8', 'loop.batch_size=16', 'loop.steps=4'"
+)
+SMALL += ", 'loop.log_every=1', 'loop.tensorboard=false', 'loop.validate_every=4', 'sampling.steps=1', 'sampling.each=1'"
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp2"])
+def test_two_processes_train_and_graft_a_generator_as_one(tmp_path, environment):
+    teacher = f"override(find('hybrid_dit_digits'), [{SMALL}])"
+    run(eval(teacher, {"find": find, "override": override}), tmp_path / "teacher", progress=False)
+    launch(tmp_path / "teacher2", teacher, **environment)
+    losses = [series(tmp_path / name, "loss") for name in ("teacher", "teacher2")]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
+    for phase in ("alone", "whole"):
+        words = f"[{SMALL}, 'phase={phase}', 'teacher={tmp_path / 'teacher'}']"
+        graft = f"override(find('hybrid_dit_digits_linfusion'), {words})"
+        run(eval(graft, {"find": find, "override": override}), tmp_path / phase, progress=False)
+        launch(tmp_path / f"{phase}2", graft, **environment)
+        losses = [series(tmp_path / name, "loss") for name in (phase, f"{phase}2")]
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
+        assert (tmp_path / f"{phase}2" / "pipeline" / "model_index.json").is_file()

@@ -66,7 +66,7 @@ def imitate(student: nn.Module, teacher: nn.Module, names: Sequence[str], inputs
 def regress(
     student: nn.Module, teacher: nn.Module, names: Sequence[str], inputs: Inputs
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean over `names` of |student's module(x) - teacher's module(x)|^2 / |teacher's module(x)|^2, x the teacher's own.
+    """The mean over `names` and images of |student's module(x) - teacher's module(x)|^2 / |teacher's module(x)|^2, x the teacher's.
 
     Where gradients are wanted they are computed as soon as the teacher passes a module, and only parameter gradients are
     kept: the activations of one module are held at a time, however many there are.
@@ -85,7 +85,8 @@ def regress(
         target = first(out).float()
         with torch.set_grad_enabled(wanted):
             got = first(student.get_submodule(name)(*given, **keywords)).float()
-            error = F.mse_loss(got, target) / target.square().mean().clamp_min(1e-12)
+            # of each image by itself: then the mean does not depend on how a batch is shared
+            error = (_size(got - target) / _size(target).clamp_min(1e-12)).mean()
             if wanted and parameters[name]:
                 gradients[name] = list(
                     torch.autograd.grad(error, parameters[name], allow_unused=True, materialize_grads=True)
@@ -108,6 +109,11 @@ def regress(
         known = [g / len(names) for grads in gradients.values() for g in grads]
         loss = _WithGradients.apply(loss, known, *leaves)
     return loss, each
+
+
+def _size(x: Tensor) -> Tensor:
+    """Mean square of each row of a batch."""
+    return x.square().flatten(1).mean(1)
 
 
 def relative_error(student: nn.Module, teacher: nn.Module, inputs: Inputs) -> float:

@@ -21,7 +21,7 @@ from visionhybrid.diffusion import HybridDiT, HybridDiTPipeline
 from visionhybrid.train import state
 from visionhybrid.train.config import ConfigError, Generation
 from visionhybrid.train.judge import Judge
-from visionhybrid.train.noising import noising, squared_error
+from visionhybrid.train.noising import Noising, noising, squared_error
 from visionhybrid.train.sampler import Sample, stack
 from visionhybrid.train.task import share
 
@@ -45,7 +45,8 @@ class Generate:
                 f"data.num_classes is {data.num_classes}, but there are {len(train.classes)} classes "
                 "(0: train without them)"
             )
-        self.train_set = LabelledImages(train, self._transform(config.flip), self.mode)
+        images = LabelledImages(train, self._transform(config.flip), self.mode)
+        self.train_set = Noised(images, self.noising, config.diffusion.drop_label)
         self.held_out = LabelledImages(held_out, self._transform(0.0), self.mode)
         self.judge = Judge(config.sampling.judge) if config.sampling.judge else None
         self.metric = "recognised" if self.judge else "loss"
@@ -95,13 +96,8 @@ class Generate:
 
     def noise(self, batch: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Image, noise, times and labels of a training step; some labels are replaced by "any"."""
-        image, label = batch["image"], self._labels(batch["label"])
-        noise = torch.randn_like(image)
-        times = self.noising.draw(len(image), image.device)
-        if label is not None:
-            dropped = torch.rand(len(label), device=label.device) < self.config.diffusion.drop_label
-            label = torch.where(dropped, self.config.data.num_classes, label)
-        return image, noise, times, label
+        label = torch.where(batch["dropped"], self.config.data.num_classes, batch["label"])
+        return batch["image"], batch["noise"], batch["time"], self._labels(label)
 
     def _labels(self, label: Tensor) -> Tensor | None:
         return label if self.config.data.num_classes else None
@@ -234,6 +230,31 @@ class Generate:
         raise ConfigError(
             f"{path}: no HybridDiT; give a run directory, its {self.released} folder, or a diffusers folder"
         )
+
+
+class Noised:
+    """Images with the noise, the time and the choice to drop the label that they are trained with.
+
+    Drawn with the image and not in the step: so they do not depend on how a batch is shared by processes or micro-batches.
+    """
+
+    def __init__(self, images: LabelledImages, noising: Noising, drop: float) -> None:
+        self.images, self.noising, self.drop = images, noising, drop
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.images.classes
+
+    def sample(self, index: int, seed: int) -> Sample:
+        found = self.images.sample(index, seed)
+        generator = torch.Generator().manual_seed(mix(seed, "noise"))
+        found["noise"] = torch.randn(found["image"].shape, generator=generator)
+        found["time"] = self.noising.draw(1, generator)[0]
+        found["dropped"] = torch.rand((), generator=generator) < self.drop
+        return found
 
 
 def _noise(shape: tuple[int, ...] | torch.Size, seed: int) -> Tensor:

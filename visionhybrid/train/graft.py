@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import visionhybrid
 from visionhybrid.diffusion import HybridDiT
 from visionhybrid.train.config import ConfigError, Graft
-from visionhybrid.train.distill import Inputs, imitate, regress
+from visionhybrid.train.distill import imitate, regress
 from visionhybrid.train.generate import Generate
 from visionhybrid.train.noising import squared_error
 from visionhybrid.train.sampler import Sample
@@ -28,19 +28,32 @@ class Grafted(nn.Module):
         self.student, self.names = student, names
         self._teacher = [teacher.eval().requires_grad_(False)]
 
-    def forward(self, phase: str, noised: Tensor, times: Tensor, label: Tensor | None) -> Any:
-        """What the losses of `phase` are made of; by way of `forward`, so that DDP and FSDP see it."""
-        inputs: Inputs = ((noised, times, label), {"return_dict": False})
+    def forward(self, *args: Any, phase: str = "tune", **kwargs: Any) -> Any:
+        """The student's output, or what the losses of `phase` are made of; all by way of here, where DDP and FSDP watch."""
         if phase == "tune":
-            return self.student(*inputs[0], **inputs[1])[0]
+            return self.student(*args, **kwargs)
         how = regress if phase == "alone" else imitate
-        return how(self.student, self.teacher(noised.device), self.names, inputs)
+        return how(self.student, self.teacher(args[0].device), self.names, (args, kwargs))
 
     def teacher(self, device: torch.device) -> HybridDiT:
         return self._teacher[0].to(device)  # pyright: ignore[reportReturnType]
 
     def enable_gradient_checkpointing(self) -> None:
         self.student.enable_gradient_checkpointing()
+
+    # What a pipeline asks of its transformer.
+
+    @property
+    def config(self) -> Any:
+        return self.student.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.student.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device
 
 
 class GraftTask(Generate):
@@ -84,13 +97,13 @@ class GraftTask(Generate):
         config, net = self.graft, parts["model"]
         image, noise, times, label = self.noise(batch)
         noised, target = self.noising.noised(image, noise, times), self.noising.target(image, noise, times)
-        found = net(config.phase, noised, times, label)
+        found = net(noised, times, label, return_dict=False, phase=config.phase)
         if config.phase == "alone":
             loss, each = found
             return loss, {f"error/{name}": value for name, value in each.items()}
         weight = self.noising.weight(times)
         if config.phase == "tune":
-            return squared_error(found, target, weight), {}
+            return squared_error(found[0], target, weight), {}
         task = squared_error(found.prediction, target, weight)
         logs = {"task": task, "output": found.output, "features": found.features}
         total = (
@@ -103,22 +116,13 @@ class GraftTask(Generate):
     def validate(
         self, model: nn.Module, accelerator: Accelerator, limit: int | None = None
     ) -> dict[str, float]:
-        student = student_of(model)
-        found = super().validate(student, accelerator, limit)
+        found = super().validate(model, accelerator, limit)
         teacher = self.teacher.to(accelerator.device)
         inputs = self.held_out_inputs(accelerator.device)
-        return {**found, "distance": distance(student, teacher, inputs)}
-
-    def samples(self, model: nn.Module, folder: Path) -> list[Path]:
-        return super().samples(student_of(model), folder)
+        return {**found, "distance": distance(model, teacher, inputs)}
 
     def release(self, model: nn.Module, path: Path, facts: dict[str, Any]) -> None:
-        super().release(student_of(model), path, facts)
-
-
-def student_of(model: nn.Module) -> Any:
-    """The generator itself, in training and after."""
-    return model.student if isinstance(model, Grafted) else model
+        super().release(model.student if isinstance(model, Grafted) else model, path, facts)
 
 
 def changed(student: HybridDiT, teacher: HybridDiT) -> list[str]:

@@ -20,8 +20,8 @@ TIMES = 1000
 class Noising(Protocol):
     """x and noise: (B, ...); times: float32 (B,)."""
 
-    def draw(self, count: int, device: torch.device) -> Tensor:
-        """Times of training, from torch's generator."""
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Times of training."""
         ...
 
     def spread(self, count: int) -> Tensor:
@@ -54,12 +54,12 @@ class Flow:
             raise ConfigError(f"diffusion.shift: expected more than 0, got {config.shift}")
         self.config = config
 
-    def draw(self, count: int, device: torch.device) -> Tensor:
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
         c = self.config
         if c.times == "uniform":
-            s = torch.rand(count, device=device)
+            s = torch.rand(count, generator=generator)
         else:
-            s = torch.sigmoid(c.logit_mean + c.logit_std * torch.randn(count, device=device))
+            s = torch.sigmoid(c.logit_mean + c.logit_std * torch.randn(count, generator=generator))
         return self._shifted(s) * TIMES
 
     def _shifted(self, s: Tensor) -> Tensor:
@@ -102,8 +102,8 @@ class Markov:
             set_alpha_to_one=False,
         )
 
-    def draw(self, count: int, device: torch.device) -> Tensor:
-        return torch.randint(TIMES, (count,), device=device).float()
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(TIMES, (count,), generator=generator).float()
 
     def spread(self, count: int) -> Tensor:
         return ((torch.arange(count) + 0.5) / count * TIMES).floor()
