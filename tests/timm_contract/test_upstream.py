@@ -18,11 +18,18 @@ if not timm.__version__.startswith("1.0.31"):
     pytest.skip(f"the contract is that of timm 1.0.31, this is {timm.__version__}", allow_module_level=True)
 
 
+def plain_too(patterns):
+    """timm's patterns, where those for its plain vision transformers mean ours as well; their features have no grid."""
+    found = [p for p in patterns if p]
+    return found + [f"vh_{p}" for p in found if p == "vit_*"]
+
+
 def ours(filter="", module="", pretrained=False, exclude_filters="", every=timm.list_models, **kwargs):
     """`timm.list_models` of our classifiers, whichever timm module is asked for; timm's exclusions hold."""
+    every_exclusion = plain_too([exclude_filters] if isinstance(exclude_filters, str) else exclude_filters)
     classifiers = set(visionhybrid.list_models(task="classification"))
-    names = every("vh_*", pretrained=pretrained, exclude_filters=exclude_filters, **kwargs)
-    patterns = [p for p in ([filter] if isinstance(filter, str) else filter) if p]
+    names = every("vh_*", pretrained=pretrained, exclude_filters=every_exclusion, **kwargs)
+    patterns = plain_too([filter] if isinstance(filter, str) else filter)
     return [
         name
         for name in names

@@ -93,7 +93,13 @@ class SparseLinear(Mixer):
         if pad:
             key_mask = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if key_mask is None else key_mask
             k, v, key_mask = F.pad(k, (0, 0, pad, 0)), F.pad(v, (0, 0, pad, 0)), F.pad(key_mask, (pad, 0))
-        return torch.cat([text, self._mix(image, k, v, key_mask, block_map)], 2)
+        longest = -(-text_tokens // self.block_k) + self._critical(prod(grid))
+        return torch.cat([text, self._mix(image, k, v, key_mask, block_map, longest)], 2)
+
+    def _critical(self, image: int) -> int:
+        """Blocks of so many image tokens that each query block sees exactly."""
+        blocks = -(-image // self.block_k)
+        return min(blocks, max(1, int(self.topk * blocks)))
 
     def _block_map(self, q: Tensor, k: Tensor, key_mask: Tensor | None, text_tokens: int) -> Tensor:
         """The choice among image blocks with critical text blocks before them; a constant of the gradient."""
@@ -104,7 +110,13 @@ class SparseLinear(Mixer):
         return F.pad(chosen, (-(-text_tokens // self.block_k), 0), value=1)
 
     def _mix(
-        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, block_map: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        block_map: Tensor | None = None,
+        longest: int = 0,
     ) -> Tensor:
         both = sparse_linear_attention(
             q,
@@ -117,6 +129,7 @@ class SparseLinear(Mixer):
             block_q=self.block_q,
             block_k=self.block_k,
             block_map=block_map,
+            longest=longest,
             key_mask=key_mask,
             scale=self.scale,
         )
@@ -125,7 +138,7 @@ class SparseLinear(Mixer):
     def cost(self, *, grid: Sequence[int], text_tokens: int = 0, bytes_per: int = 2) -> Cost:
         image = prod(grid)
         blocks_q, blocks_k = -(-image // self.block_q), -(-image // self.block_k)
-        keys = self.block_k * min(blocks_k, max(1, int(self.topk * blocks_k)))
+        keys = self.block_k * self._critical(image)
         width = self.heads * self.head_dim
         choice = Cost(macs=blocks_q * blocks_k * width, bytes=0)
         projection = Cost(macs=image * width * self.head_dim, bytes=0)

@@ -5,3 +5,4 @@ from visionhybrid.models import hat as hat
 from visionhybrid.models import mala as mala
 from visionhybrid.models import nextvit as nextvit
 from visionhybrid.models import ravlt as ravlt
+from visionhybrid.models import vit as vit

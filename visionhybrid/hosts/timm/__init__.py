@@ -26,7 +26,7 @@ from visionhybrid.hosts.timm.modules import BLOCKS, MODELS, MixedAttention, Mixe
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["attach", "describe", "detach"]
+__all__ = ["attach", "describe", "detach", "mount"]
 
 # Attention classes by name (they stand in files of many models) and why a mixer cannot take their place.
 _REASONS = {
@@ -53,6 +53,21 @@ def attach(
     model = getattr(model, "_orig_mod", model)
     if weights is not None:
         raise ValueError(f"attach: no weights of mixers are published for {type(model).__name__}")
+    mount(model, mixer, layers, sample_size, options)
+    report = describe(model, sample_size=sample_size)
+    if report.slower:
+        logger.warning("%s: %s", report.model, report.warning)
+    return report
+
+
+def mount(
+    model: Any,
+    mixer: Mixers,
+    layers: Selector | None,
+    sample_size: int | tuple[int, ...] | None,
+    options: Mapping[str, Any],
+) -> None:
+    """What `attach` does to `model`."""
     found = [_taken(layer) for layer in _layers(model, sample_size)]
     parts = plan(found, mixer, layers, options)
     for part, new in [(part, part.build()) for part in parts]:
@@ -64,10 +79,6 @@ def attach(
         block = model.get_submodule(part.layer.name.rpartition(".")[0])
         block.__class__ = BLOCKS.get(type(block), type(block))
     model.__class__ = MODELS.get(type(model), type(model))
-    report = describe(model, sample_size=sample_size)
-    if report.slower:
-        logger.warning("%s: %s", report.model, report.warning)
-    return report
 
 
 def detach(model: Any, *, layers: Selector | None = None) -> Report:

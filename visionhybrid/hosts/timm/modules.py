@@ -50,6 +50,12 @@ def from_bytes(state: Tensor) -> dict[str, Any]:
         raise ValueError(f"not the description of a mixer: a tensor of {tuple(state.shape)}") from error
 
 
+def chosen(mixer: Mixer) -> dict[str, Any]:
+    """The options of `mixer` that are not the default."""
+    defaults = json.loads(json.dumps(mixer.about.options))
+    return {key: value for key, value in mixer.options.items() if value != defaults[key]}
+
+
 @register_notrace_module
 class MixedAttention(Attention):
     """timm's `Attention` whose softmax is `mixer`; class and register tokens before the image are the mixer's text tokens.
@@ -102,7 +108,7 @@ class MixedAttention(Attention):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def facts(self) -> dict[str, Any]:
-        return {"mixer": self.mixer.about.name, "options": self.mixer.options, "heads": self.num_heads}
+        return {"mixer": self.mixer.about.name, "options": chosen(self.mixer), "heads": self.num_heads}
 
     def get_extra_state(self) -> Tensor:
         return as_bytes(self.facts())

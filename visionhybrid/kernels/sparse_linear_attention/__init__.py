@@ -51,6 +51,7 @@ def arguments(
     block_q: int = 64,
     block_k: int = 64,
     block_map: Tensor | None = None,
+    longest: int = 0,
     key_mask: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
@@ -64,7 +65,7 @@ def arguments(
             "sparse_linear_attention: group concerns the linear part, and variant 'sparse' has none"
         )
     m, n = -(-q.shape[2] // block_q), -(-k.shape[2] // block_k)
-    width = 0
+    width = longest
     if block_map is None:
         with torch.no_grad():
             scores = block_scores(q, k, block_q, block_k, key_mask)
@@ -95,6 +96,7 @@ def sparse_linear_attention(
     block_q: int = 64,
     block_k: int = 64,
     block_map: Tensor | None = None,
+    longest: int = 0,
     key_mask: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
@@ -113,6 +115,8 @@ def sparse_linear_attention(
         feature_map: "softmax" (over the head dim), "elu" (elu + 1) or "relu".
         block_q, block_k: tokens per block; a short last block is allowed.
         block_map: (B or 1, heads or 1, M, N) with 1, 0, -1: blocks chosen outside instead of by rank.
+        longest: critical blocks in the longest row of `block_map`, if known: then no shape depends on data (the meta device,
+            torch.export).
         key_mask: (B, Lk) bool, True for real keys; others leave ranking, softmax and states.
         mask: (Lq, Lk) bool over tokens, for windows inside critical blocks (give `block_map=blocks_of(mask)` too).
         scale: default D ** -0.5.
@@ -135,6 +139,7 @@ def sparse_linear_attention(
         block_q=block_q,
         block_k=block_k,
         block_map=block_map,
+        longest=longest,
         key_mask=key_mask,
         mask=mask,
         scale=scale,
