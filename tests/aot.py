@@ -1,4 +1,4 @@
-"""Compiles Triton kernels ahead of time, for GPUs that are not here. Run as `python aot.py TARGET`: one JSON line a kernel.
+"""Compiles Triton kernels ahead of time, for GPUs that are not here. Run as `python aot.py TARGET OPERATOR`: one JSON line a kernel.
 
 A process of its own, because under TRITON_INTERPRET=1, as the other tests run, `triton.jit` gives nothing to compile.
 """
@@ -199,7 +199,7 @@ def _window() -> Iterator[Build]:
 
 
 def _sparse(amd: bool) -> Iterator[Build]:
-    """Every head dim, type, mask, alignment and length of block at least once in each kernel; their product was compiled once."""
+    """Every head dim, type, mask, alignment and length of block at least once in each kernel."""
     from visionhybrid.kernels.sparse_linear_attention import tiles
     from visionhybrid.kernels.sparse_linear_attention import triton as sparse
 
@@ -294,8 +294,13 @@ def _neighborhood() -> Iterator[Build]:
         yield build(halves._scatter, 24, "bf16", **axes, weights="fp32")
 
 
-def builds(target: GPUTarget) -> list[Build]:
-    return [*_linear(), *_scan(), *_window(), *_neighborhood(), *_sparse(target.backend == "hip")]
+OPERATORS = {
+    "linear_attention": lambda target: _linear(),
+    "neighborhood_attention": lambda target: _neighborhood(),
+    "selective_scan": lambda target: _scan(),
+    "sparse_linear_attention": lambda target: _sparse(target.backend == "hip"),
+    "window_attention": lambda target: _window(),
+}
 
 
 def compiled(build: Build, target: GPUTarget) -> dict[str, Any]:
@@ -318,6 +323,6 @@ def _spilled(made: Any, target: GPUTarget) -> int:
 
 if __name__ == "__main__":
     target = TARGETS[sys.argv[1]]
-    for one in builds(target):
+    for one in OPERATORS[sys.argv[2]](target):
         sys.stdout.write(json.dumps(compiled(one, target)) + "\n")
         sys.stdout.flush()

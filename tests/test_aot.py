@@ -18,10 +18,11 @@ EVERYWHERE = {"sparse_linear_attention": 99 * 1024}
 SPILLED = 64
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("target", SHARED)
-def test_every_kernel_compiles_and_fits(target, pytestconfig):
+def test_every_kernel_compiles_and_fits(target, operator, pytestconfig):
     run = subprocess.run(
-        [sys.executable, Path(__file__).with_name("aot.py"), target],
+        [sys.executable, Path(__file__).with_name("aot.py"), target, operator],
         capture_output=True,
         text=True,
         env=os.environ
@@ -35,8 +36,7 @@ def test_every_kernel_compiles_and_fits(target, pytestconfig):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     made = [json.loads(line) for line in run.stdout.splitlines()]
-    operators = {one["name"].split()[0] for one in made}
-    assert operators == set(OPERATORS)
+    assert made
     for one in made:
-        assert one["shared"] <= min(SHARED[target], EVERYWHERE.get(one["name"].split()[0], 2**20)), one
+        assert one["shared"] <= min(SHARED[target], EVERYWHERE.get(operator, 2**20)), one
         assert one["spilled"] <= SPILLED, one
