@@ -61,10 +61,11 @@ def hybrid_dit_digits_sla() -> Graft:
 
 def _digits_graft(mixer: str, **options: Any) -> Graft:
     base = hybrid_dit_digits()
-    shared = {name: getattr(base, name) for name in ("model", "optim", "schedule", "data", "diffusion")}
+    shared = {name: getattr(base, name) for name in ("model", "optim", "data", "diffusion")}
     return Graft(
         **shared,
         name=f"{base.name}_{mixer}",
+        schedule=Schedule(name="cosine", warmup=20, min_lr=1e-5),
         sampling=base.sampling,
         channels=base.channels,
         flip=base.flip,
@@ -72,6 +73,6 @@ def _digits_graft(mixer: str, **options: Any) -> Graft:
         teacher="runs/hybrid_dit_digits",
         mixer=mixer,
         mixer_options=options,
-        alone=Phase(steps=100, lr=1e-3),
-        whole=Phase(steps=100, lr=3e-4),
+        alone=Phase(steps=150, lr=1e-3),
+        whole=Phase(steps=150, lr=5e-4),
     )
