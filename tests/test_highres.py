@@ -169,12 +169,13 @@ def test_controlnet_guides_every_stage():
         **base.components, controlnet=control, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
-    picture, seen = torch.rand(1, 3, 128, 64), []
+    picture, seen = torch.rand(1, 3, 128, 64), {}
     control.controlnet_cond_embedding.register_forward_pre_hook(
-        lambda m, args: seen.append(args[0].shape[2:])
+        lambda m, args: seen.update({args[0].shape[2:]: args[0]})
     )
     images = generate(pipe, image=picture)
     assert set(seen) == {(64, 32), (128, 64)}
+    torch.testing.assert_close(seen[picture.shape[2:]][:1], picture)
     assert not torch.allclose(images, generate(pipe, image=1 - picture), atol=1e-3)
 
 
