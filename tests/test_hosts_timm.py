@@ -215,7 +215,10 @@ def test_checkpointing_recomputes_on_the_grid_of_its_own_forward_pass():
         torch.manual_seed(0)
         visionhybrid.attach(model, "clear", radius=1.5, layers="blocks.[02]")
         model.set_grad_checkpointing(enable)
+        calls = []
+        model.blocks[0].attn.mixer.register_forward_hook(lambda *args, calls=calls: calls.append(1))
         ((model(x) - model(other)) * torch.arange(5)).sum().backward()
+        assert len(calls) == (4 if enable else 2)  # two sizes, each computed again in the backward pass
         found.append([value.grad.clone() for value in model.parameters()])
     torch.testing.assert_close(found[1], found[0])
 
