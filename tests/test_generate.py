@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,3 +166,12 @@ def test_a_step_does_not_depend_on_how_its_batch_is_shared(tmp_path):
         done = run(tiny("loop.steps=2", *words), tmp_path / str(len(words)), progress=False)
         logs.append([line["loss"] for line in done["history"] if line["kind"] == "train"])
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    done = run(tiny("loop.steps=1"), tmp_path / "run", progress=False)
+    weights = Path(done["weights"]) / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save({}, weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        validate(tmp_path / "run", tiny())

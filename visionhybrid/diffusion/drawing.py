@@ -22,7 +22,7 @@ def open_pipeline(path: str | Path) -> HybridDiTPipeline:
     path = Path(path)
     for folder in (path / "pipeline", path):
         if (folder / "model_index.json").is_file():
-            return HybridDiTPipeline.from_pretrained(folder)
+            return HybridDiTPipeline.from_pretrained(folder, use_safetensors=True)
     raise ValueError(f"{path}: no pipeline; expected model_index.json there or in its folder pipeline/")
 
 

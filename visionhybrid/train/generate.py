@@ -226,7 +226,7 @@ class Generate:
         path = Path(path)
         for folder in (path / self.released / "transformer", path / "transformer", path):
             if (folder / "config.json").is_file() and not (folder / self.released).is_dir():
-                return HybridDiT.from_pretrained(folder).eval()
+                return HybridDiT.from_pretrained(folder, use_safetensors=True).eval()
         raise ConfigError(
             f"{path}: no HybridDiT; give a run directory, its {self.released} folder, or a diffusers folder"
         )
