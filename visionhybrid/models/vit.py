@@ -101,9 +101,10 @@ class HybridViT(MixedVisionTransformer):
 
     def _mixers(self) -> dict[str, Any]:
         """`mixer` and `mixer_options`, in the shortest words."""
+        attentions: list[Any] = [block.attn for block in self.blocks]
         kinds = [
             [module.mixer.about.name, chosen(module.mixer)] if isinstance(module, MixedAttention) else None
-            for module in (block.attn for block in self.blocks)
+            for module in attentions
         ]
         first = kinds[0] if kinds else None
         if first is not None and all(kind == first for kind in kinds):

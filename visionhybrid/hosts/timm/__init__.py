@@ -15,7 +15,7 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any
 
-from timm.layers import Attention
+from timm.layers.attention import Attention
 from torch import nn
 
 from visionhybrid import mixers
@@ -115,7 +115,7 @@ def _taken(layer: Layer) -> Layer:
 
 def _row(layer: Layer) -> Row:
     mixer = layer.module.mixer if isinstance(layer.module, MixedAttention) else None
-    row = dict(
+    row: dict[str, Any] = dict(
         name=layer.name,
         dim=layer.dim,
         heads=layer.heads,
@@ -146,7 +146,7 @@ def _layers(model: nn.Module, size: int | tuple[int, ...] | None) -> list[Layer]
             continue
         heads = int(attn.num_heads)
         dim = getattr(getattr(attn, "qkv", None), "in_features", getattr(attn, "dim", 0))
-        layer = dict(name=name, module=module, dim=dim, heads=heads, joint=joint)
+        layer: dict[str, Any] = dict(name=name, module=module, dim=dim, heads=heads, joint=joint)
         layer["head_dim"] = getattr(attn, "head_dim", dim // heads)
         found.append(Layer(**layer, grid=grid, reason=_reason(model, name, module, ours)))
     if not found:

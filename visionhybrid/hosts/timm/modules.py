@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Attention
+from timm.layers.attention import Attention
 from timm.models import checkpoint, register_notrace_module
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
@@ -56,7 +56,6 @@ def chosen(mixer: Mixer) -> dict[str, Any]:
     return {key: value for key, value in mixer.options.items() if value != defaults[key]}
 
 
-@register_notrace_module
 class MixedAttention(Attention):
     """timm's `Attention` whose softmax is `mixer`; class and register tokens before the image are the mixer's text tokens.
 
@@ -117,6 +116,9 @@ class MixedAttention(Attention):
         found = from_bytes(state)
         if found != self.facts():
             raise ValueError(f"these weights are of another mixer: {found}, here is {self.facts()}")
+
+
+register_notrace_module(MixedAttention)  # as a decorator it hides the type
 
 
 class MixedBlock(Block):
