@@ -35,7 +35,7 @@ def teacher(tmp_path_factory):
 
 
 def recipe(teacher, *words, mixer="linfusion"):
-    small = [f"teacher={teacher}", "alone.steps=8", "alone.lr=0.01", "whole.steps=3"]
+    small = [f"teacher={teacher}", "alone.steps=12", "alone.lr=0.01", "whole.steps=3", "schedule.warmup=0"]
     return override(find(f"hybrid_dit_digits_{mixer}"), [*TINY, *small, *words])
 
 
@@ -48,10 +48,10 @@ def test_a_graft_learns_and_is_released(mixer, teacher, tmp_path):
     assert pipe.transformer.config.mixer == [mixer] * 3
     assert json.loads((tmp_path / "report.json").read_text())["student"].keys() == {"loss", "distance"}
     assert report.teacher["loss"] > 0
-    # it nears the teacher: the first line of the log against the last
+    # it nears the teacher
     lines = [json.loads(line) for line in (tmp_path / "alone" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
-    assert losses[-1] < losses[0]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     # the teacher is not touched
     again = HybridDiTPipeline.from_pretrained(teacher / "pipeline").transformer
     assert again.config.mixer in ("softmax", ["softmax"] * 3)

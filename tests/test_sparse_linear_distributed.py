@@ -1,5 +1,8 @@
 """Sparse-linear attention of a sequence sharded over processes against one process that holds it whole."""
 
+import os
+import time
+
 import pytest
 import torch
 
@@ -65,9 +68,11 @@ def sharded(rank, world, sizes, folder):
         assert len(sent) == 2, f"{variant}: {sent}"
         assert max(sent) <= B * heads * D * (E + 1) + B
         sent.clear()
-    # A rank that leaves while another still reads from it can abort that one.
+    # A rank that leaves while another still reads from it can abort that one, and torch 2.15 now and then aborts while it
+    # takes gloo's threads down ("terminate called without an active exception"): so wait, then leave without that.
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    time.sleep(0.5)
+    os._exit(0)
 
 
 # Multiples of the block but for the last rank: so blocks are the same on one process.
