@@ -8,6 +8,13 @@ training.py, generation.py, kernels.py and diagnosis.py have the subcommands; sh
 from visionhybrid.cli.app import app, main
 
 # Importing a module of subcommands adds them to `app`, in this order.
-from visionhybrid.cli import training as training, use as use, generation as generation, models as models, kernels as kernels, diagnosis as diagnosis  # isort: skip
+from visionhybrid.cli import (
+    training as training,
+    use as use,
+    generation as generation,
+    models as models,
+    kernels as kernels,
+    diagnosis as diagnosis,
+)  # isort: skip
 
 __all__ = ["app", "main"]
