@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from visionhybrid.data.images import atomic
 from visionhybrid.data.seeds import mix
@@ -50,10 +50,9 @@ def draw_files(
     ids = pipe.label_ids(labels) if labels is not None else list(range(count))
     folders = [names[i] if names else str(i) for i in ids] or ["all"]
     jobs = [
-        (label, seed_of, out / folder.replace("/", "_") / f"{number:05d}.png")
+        (label, mix(seed, "image", label or 0, number), out / folder.replace("/", "_") / f"{number:05d}.png")
         for label, folder in zip(ids or [None], folders, strict=True)
         for number in range(each)
-        for seed_of in (mix(seed, "image", label or 0, number),)
     ]
     if old := [path for _, _, path in jobs if path.is_file()]:
         yield old
@@ -75,17 +74,28 @@ def draw_files(
         yield [path for _, _, path in part]
 
 
-def draw_grid(paths: Sequence[Path], columns: int, out: str | Path, *, side: int = 64) -> None:
-    """The images of `paths` as one picture of so many columns, each `side` pixels or its own size if that is more."""
+def draw_grid(paths: Sequence[Path], columns: int, out: str | Path) -> None:
+    """The images of `paths` as one picture of so many columns."""
     tiles = []
     for path in paths:
         with Image.open(path) as image:
             tiles.append(image.convert("RGB"))
+    with atomic(out) as file:
+        sheet(tiles, columns).save(file, format="PNG")
+
+
+def sheet(
+    tiles: Sequence[Image.Image], columns: int, names: Sequence[str] = (), *, side: int = 64
+) -> Image.Image:
+    """RGB images in rows of so many columns, each `side` pixels or the largest's size if that is more; `names` go before the rows."""
+    margin = 64 if names else 0
     side = max([side, *(max(tile.size) for tile in tiles)])
     rows = -(-len(tiles) // columns)
-    canvas = Image.new("RGB", (columns * (side + 2), rows * (side + 2)), "white")
+    canvas = Image.new("RGB", (margin + columns * (side + 2), rows * (side + 2)), "white")
     for i, tile in enumerate(tiles):
-        place = i % columns * (side + 2), i // columns * (side + 2)
+        place = margin + i % columns * (side + 2), i // columns * (side + 2)
         canvas.paste(tile.resize((side, side), Image.Resampling.NEAREST), place)
-    with atomic(out) as file:
-        canvas.save(file, format="PNG")
+    pen = ImageDraw.Draw(canvas)
+    for row, name in enumerate(names):
+        pen.text((2, row * (side + 2) + side // 2 - 6), name[:10], fill="black")
+    return canvas

@@ -80,10 +80,8 @@ class Inception:
             raise ImportError(
                 "Inception needs torchmetrics and torch-fidelity: pip install 'visionhybrid[eval]'"
             ) from None
-        self.net, self.device = (
-            NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device),
-            device,
-        )
+        self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device)
+        self.device = device
 
     def __call__(self, images: list[Image.Image]) -> Tensor:
         # the network resizes by itself, and images may differ in size

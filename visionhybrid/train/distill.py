@@ -1,6 +1,5 @@
 """A student that imitates a teacher of the same build: by its outputs, by what chosen modules give, or module by module.
 
-    with torch.no_grad(): ...
     found = imitate(student, teacher, names, inputs)       # both run on their own activations
     loss = task_loss(found.prediction) + 0.5 * found.output + 0.5 * found.features      # LinFusion's
     loss, each = regress(student, teacher, names, inputs)  # every module on the teacher's activations, one at a time

@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchvision import transforms
+from torchvision.transforms.functional import to_pil_image
 
 from visionhybrid.data.classification import LabelledImages, open_source
 from visionhybrid.data.errors import CorruptSample
 from visionhybrid.data.seeds import mix
 from visionhybrid.diffusion import HybridDiT, HybridDiTPipeline
+from visionhybrid.diffusion.drawing import sheet
 from visionhybrid.train import state
 from visionhybrid.train.config import ConfigError, Generation
 from visionhybrid.train.judge import Judge
-from visionhybrid.train.noising import Noising, noising, squared_error
+from visionhybrid.train.noising import Noising, noising, squared_error, squared_errors
 from visionhybrid.train.sampler import Sample, stack
 from visionhybrid.train.task import share
 
@@ -129,7 +130,7 @@ class Generate:
             (prediction,) = model(
                 self.noising.noised(image, noise, time), time, self._labels(label), return_dict=False
             )
-            each = (prediction.float() - target).square().flatten(1).mean(1) * self.noising.weight(time)
+            each = squared_errors(prediction, target, self.noising.weight(time))
             sums += torch.stack([(each * weight).sum(), weight.sum()]).double().cpu()
         sums = accelerator.reduce(sums.float().to(device), "sum").cpu()
         if not sums[1]:
@@ -203,7 +204,9 @@ class Generate:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "samples.png"
         names = self.train_set.classes or tuple(map(str, range(classes)))
-        sheet(images, sampling.each, names[:rows] if classes else ()).save(path)
+        pixels = (images.clamp(0, 1) * 255).round().byte().expand(-1, 3, -1, -1)
+        tiles = [to_pil_image(image) for image in pixels]
+        sheet(tiles, sampling.each, names[:rows] if classes else ()).save(path)
         return [path]
 
     def metadata(self) -> dict[str, Any]:
@@ -259,19 +262,3 @@ class Noised:
 
 def _noise(shape: tuple[int, ...] | torch.Size, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def sheet(images: Tensor, columns: int, names: tuple[str, ...] = (), side: int = 64) -> Image.Image:
-    """(B, C, H, W) in [0, 1] as one picture; `names` go before the rows."""
-    margin = 64 if names else 0
-    rows = -(-len(images) // columns)
-    side = max(side, images.shape[-1])
-    canvas = Image.new("RGB", (margin + columns * (side + 2), rows * (side + 2)), "white")
-    pen = ImageDraw.Draw(canvas)
-    for i, image in enumerate(images):
-        pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).expand(-1, -1, 3)
-        tile = Image.fromarray(pixels.contiguous().numpy()).resize((side, side), Image.Resampling.NEAREST)
-        canvas.paste(tile, (margin + i % columns * (side + 2), i // columns * (side + 2)))
-    for row, name in enumerate(names):
-        pen.text((2, row * (side + 2) + side // 2 - 6), name[:10], fill="black")
-    return canvas

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import visionhybrid
 from visionhybrid.diffusion import HybridDiT
 from visionhybrid.train.config import ConfigError, Graft
-from visionhybrid.train.distill import imitate, regress
+from visionhybrid.train.distill import imitate, regress, relative_error
 from visionhybrid.train.generate import Generate
 from visionhybrid.train.noising import squared_error
 from visionhybrid.train.sampler import Sample
@@ -119,7 +119,7 @@ class GraftTask(Generate):
         found = super().validate(model, accelerator, limit)
         teacher = self.teacher.to(accelerator.device)
         inputs = self.held_out_inputs(accelerator.device)
-        return {**found, "distance": distance(model, teacher, inputs)}
+        return {**found, "distance": relative_error(model, teacher, (inputs, {"return_dict": False}))}
 
     def release(self, model: nn.Module, path: Path, facts: dict[str, Any]) -> None:
         super().release(model.student if isinstance(model, Grafted) else model, path, facts)
@@ -129,10 +129,3 @@ def changed(student: HybridDiT, teacher: HybridDiT) -> list[str]:
     """The attention whose mixer differs."""
     ours, theirs = (visionhybrid.describe(net).rows for net in (student, teacher))
     return [a.name for a, b in zip(ours, theirs, strict=True) if (a.mixer, a.options) != (b.mixer, b.options)]
-
-
-@torch.no_grad()
-def distance(student: nn.Module, teacher: nn.Module, inputs: list[Any]) -> float:
-    """|student - teacher|^2 / |teacher|^2 of the outputs."""
-    ours, theirs = (net(*inputs, return_dict=False)[0].double() for net in (student, teacher))
-    return float((ours - theirs).square().sum() / theirs.square().sum())

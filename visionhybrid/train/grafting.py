@@ -18,8 +18,8 @@ import visionhybrid
 from visionhybrid.diffusion import HybridDiT
 from visionhybrid.train import recipes, state
 from visionhybrid.train.config import ConfigError, Graft, check
-from visionhybrid.train.distill import regress
-from visionhybrid.train.graft import GraftTask, changed, distance
+from visionhybrid.train.distill import Inputs, regress, relative_error
+from visionhybrid.train.graft import GraftTask, changed
 from visionhybrid.train.session import run, validate
 
 PHASES = ("alone", "whole", "tune")
@@ -96,10 +96,11 @@ def _choose(config: Graft, task: GraftTask, start: str, out: Path) -> tuple[str,
     """Measure every new layer; with a budget, give those that do not fit their old mixer back."""
     student = task.open(start) if start else task.parts()["model"].student
     assert isinstance(student, HybridDiT)
-    measured = _measure(student, task)
+    inputs: Inputs = (task.held_out_inputs(torch.device("cpu")), {"return_dict": False})
+    measured = _measure(student, task.teacher, inputs)
     kept = set(changed(student, task.teacher))
     if config.budget is not None:
-        kept = _within(config.budget, student, task, measured)
+        kept = _within(config.budget, student, task.teacher, inputs, measured)
         if not kept:
             raise ConfigError(
                 f"budget: {config.budget} is less than any layer costs, at least "
@@ -111,19 +112,18 @@ def _choose(config: Graft, task: GraftTask, start: str, out: Path) -> tuple[str,
     return start, [replace(layer, kept=layer.name in kept) for layer in measured]
 
 
-def _measure(student: HybridDiT, task: GraftTask) -> list[LayerReport]:
-    names, teacher = changed(student, task.teacher), task.teacher
-    inputs = task.held_out_inputs(torch.device("cpu"))
+def _measure(student: HybridDiT, teacher: HybridDiT, inputs: Inputs) -> list[LayerReport]:
+    names = changed(student, teacher)
     rows = {row.name: row for row in visionhybrid.describe(student).rows}
     with torch.no_grad():
-        _, errors = regress(student, teacher, names, (inputs, {"return_dict": False}))
+        _, errors = regress(student, teacher, names, inputs)
     before, after = (_seconds(net, names, inputs) for net in (teacher, student))
     return [
         LayerReport(
             name=name,
             mixer=rows[name].mixer or "",
             error=float(errors[name]),
-            output_error=distance(_only({name}, student, teacher), teacher, inputs),
+            output_error=relative_error(_only({name}, student, teacher), teacher, inputs),
             seconds_before=before[name],
             seconds_after=after[name],
             fewer_products=rows[name].speedup,
@@ -143,18 +143,19 @@ def _only(names: set[str], student: HybridDiT, teacher: HybridDiT) -> HybridDiT:
     return mixed.eval()
 
 
-def _within(budget: float, student: HybridDiT, task: GraftTask, measured: list[LayerReport]) -> set[str]:
+def _within(
+    budget: float, student: HybridDiT, teacher: HybridDiT, inputs: Inputs, measured: list[LayerReport]
+) -> set[str]:
     """Layers in the order of what they save for what they cost, as long as the whole output stays within the budget."""
-    inputs = task.held_out_inputs(torch.device("cpu"))
     kept: set[str] = set()
     for layer in sorted(measured, key=lambda x: x.output_error / (x.fewer_products or 1.0)):
-        if distance(_only(kept | {layer.name}, student, task.teacher), task.teacher, inputs) <= budget:
+        if relative_error(_only(kept | {layer.name}, student, teacher), teacher, inputs) <= budget:
             kept.add(layer.name)
     return kept
 
 
 @torch.no_grad()
-def _seconds(net: nn.Module, names: list[str], inputs: list[Any], rounds: int = 5) -> dict[str, float]:
+def _seconds(net: nn.Module, names: list[str], inputs: Inputs, rounds: int = 5) -> dict[str, float]:
     """Median time of each module in forward passes of the whole."""
     taken: dict[str, list[float]] = {name: [] for name in names}
     began: dict[str, float] = {}
@@ -169,7 +170,7 @@ def _seconds(net: nn.Module, names: list[str], inputs: list[Any], rounds: int = 
     handles += [net.get_submodule(n).register_forward_hook(partial(end, n)) for n in names]
     try:
         for _ in range(rounds):
-            net(*inputs)
+            net(*inputs[0], **inputs[1])
     finally:
         for handle in handles:
             handle.remove()

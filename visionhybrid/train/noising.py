@@ -131,6 +131,10 @@ def _like(values: Tensor, x: Tensor) -> Tensor:
 
 
 def squared_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Mean over the batch of weight * mean squared error of each image, in float32."""
-    each = (prediction.float() - target.float()).square().flatten(1).mean(1)
-    return (each * weight).mean()
+    """The mean of `squared_errors` over the batch."""
+    return squared_errors(prediction, target, weight).mean()
+
+
+def squared_errors(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """(B,): weight * mean squared error of each image, in float32."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1) * weight
