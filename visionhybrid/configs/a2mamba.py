@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from visionhybrid.configs.imagenet import AUGMENT, IMAGES
-from visionhybrid.train.config import Augment, Classification, Images, Loop, Model, Optim, Schedule
+from visionhybrid.configs import digits, imagenet
+from visionhybrid.train.config import Classification, Model
 
 
 def a2mamba_nano_in1k() -> Classification:
@@ -81,26 +81,11 @@ def a2mamba_digits() -> Classification:
                 drop_path_rate=0.05,
             ),
         ),
-        optim=Optim(name="adamw", lr=2e-3, weight_decay=0.05, clip_norm=5.0),
-        schedule=Schedule(name="cosine", warmup=60, warmup_lr=1e-5, min_lr=1e-5),
-        loop=Loop(
-            batch_size=64,
-            epochs=16,
-            workers=0,
-            log_every=20,
-            validate_every=88,
-            tensorboard=False,
-        ),
-        data=Images(dataset="digits", held_out="val", num_classes=10, image_size=32),
-        augment=Augment(
-            scale=(0.7, 1.0),
-            ratio=(0.85, 1.18),
-            flip=0.0,
-            smoothing=0.1,
-            crop=1.0,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-        ),
+        optim=digits.OPTIM,
+        schedule=digits.SCHEDULE,
+        loop=digits.LOOP,
+        data=digits.IMAGES,
+        augment=digits.AUGMENT,
     )
 
 
@@ -116,19 +101,17 @@ def _in1k(
     return Classification(
         name=f"a2mamba_{size}_in1k",
         model=Model(name=f"vh_a2mamba_{size}"),  # its drop path is the variant's, as in the authors' script
-        optim=Optim(name="adamw", lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, clip_norm=5.0),
-        schedule=Schedule(
-            name="cosine", unit="epoch", lag=1, warmup=warmup, warmup_lr=1e-6, min_lr=1e-5, cooldown=10
-        ),
-        loop=Loop(
+        optim=replace(imagenet.OPTIM, lr=lr, clip_norm=5.0),
+        schedule=replace(imagenet.SCHEDULE, warmup=warmup, cooldown=10),
+        loop=replace(
+            imagenet.LOOP,
             batch_size=2048,
             epochs=310,
-            precision="fp16",
             ema_decay=ema_decay,
             grad_checkpointing=grad_checkpointing,
             seed=42,
             workers=8,
         ),
-        data=IMAGES,
-        augment=replace(AUGMENT, interpolation="random", crop=crop),
+        data=imagenet.IMAGES,
+        augment=replace(imagenet.AUGMENT, interpolation="random", crop=crop),
     )

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from visionhybrid.configs.imagenet import AUGMENT, IMAGES
-from visionhybrid.train.config import Augment, Classification, Images, Loop, Model, Optim, Schedule
+from visionhybrid.configs import digits, imagenet
+from visionhybrid.train.config import Classification, Model, Schedule
 
 
 def nextvit_small_in1k() -> Classification:
@@ -88,50 +88,24 @@ def nextvit_digits() -> Classification:
                 drop_path_rate=0.05,
             ),
         ),
-        optim=Optim(name="adamw", lr=2e-3, weight_decay=0.05, clip_norm=5.0),
-        schedule=Schedule(name="cosine", warmup=60, warmup_lr=1e-5, min_lr=1e-5),
-        loop=Loop(
-            batch_size=64,
-            epochs=16,
-            workers=0,
-            log_every=20,
-            validate_every=88,
-            tensorboard=False,
-        ),
-        data=Images(dataset="digits", held_out="val", num_classes=10, image_size=32),
-        augment=Augment(
-            scale=(0.7, 1.0),
-            ratio=(0.85, 1.18),
-            flip=0.0,
-            smoothing=0.1,
-            crop=1.0,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-        ),
+        optim=digits.OPTIM,
+        schedule=digits.SCHEDULE,
+        loop=digits.LOOP,
+        data=digits.IMAGES,
+        augment=digits.AUGMENT,
     )
 
 
 def _in1k(size: str) -> Classification:
     return Classification(
         name=f"nextvit_{size}_in1k",
-        model=Model(
-            name=f"vh_nextvit_{size}"
-        ),  # its drop path is fixed by the variant, as in the official code
+        model=Model(name=f"vh_nextvit_{size}"),  # its drop path is the variant's, as in the official code
         # 5e-4 * batch / 512 at batch 2048; decay on tensors with more than one axis only
-        optim=Optim(name="adamw", lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, clip_norm=5.0),
-        # the official script sets the rate after each epoch from that epoch's own number, so it lags by one
-        schedule=Schedule(
-            name="cosine",
-            unit="epoch",
-            lag=1,
-            warmup=20,
-            warmup_lr=1e-6,
-            warmup_prefix=False,
-            min_lr=1e-5,
-        ),
-        loop=Loop(batch_size=2048, epochs=300, precision="fp16", ema_decay=None, seed=0, workers=8),
-        data=IMAGES,
-        augment=AUGMENT,
+        optim=replace(imagenet.OPTIM, lr=2e-3, weight_decay=0.1, clip_norm=5.0),
+        schedule=replace(imagenet.SCHEDULE, warmup=20),
+        loop=replace(imagenet.LOOP, batch_size=2048, ema_decay=None, workers=8),
+        data=imagenet.IMAGES,
+        augment=imagenet.AUGMENT,
     )
 
 

@@ -10,8 +10,8 @@ The published numbers are the paper's; nobody has trained these recipes with thi
 
 from __future__ import annotations
 
-from visionhybrid.configs.imagenet import AUGMENT, IMAGES
-from visionhybrid.train.config import Classification, Loop, Model, Optim, Schedule
+from visionhybrid.configs import imagenet
+from visionhybrid.train.config import Classification, Model
 
 
 def ravlt_tiny_in1k() -> Classification:
@@ -50,17 +50,9 @@ def _in1k(size: str) -> Classification:
     return Classification(
         name=f"ravlt_{size}_in1k",
         model=Model(name=f"vh_ravlt_{size}"),  # its drop path is the variant's, as in the official code
-        optim=Optim(name="adamw", lr=1e-3, eps=1e-8, weight_decay=0.05),
-        # The official script sets the rate after each epoch from that epoch's own number, so it lags by one.
-        schedule=Schedule(name="cosine", unit="epoch", lag=1, warmup=5, warmup_lr=1e-6, min_lr=1e-5),
-        loop=Loop(
-            batch_size=1024,
-            epochs=300,
-            precision="fp16",
-            ema_decay=0.99996**2,  # to the power of batch / 512
-            seed=0,
-            workers=16,
-        ),
-        data=IMAGES,
-        augment=AUGMENT,
+        optim=imagenet.OPTIM,
+        schedule=imagenet.SCHEDULE,
+        loop=imagenet.LOOP,
+        data=imagenet.IMAGES,
+        augment=imagenet.AUGMENT,
     )
