@@ -10,10 +10,10 @@ from typing import Any
 from visionhybrid.train.config import (
     Diffusion,
     Generation,
+    Generator,
     Graft,
     Images,
     Loop,
-    Model,
     Optim,
     Phase,
     Sampling,
@@ -28,7 +28,7 @@ def hybrid_dit_digits() -> Generation:
     """
     return Generation(
         name="hybrid_dit_digits",
-        model=Model(
+        model=Generator(
             name="hybrid_dit",
             options=dict(patch_size=2, num_layers=6, num_attention_heads=4, attention_head_dim=32),
         ),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,28 @@ from visionhybrid.diffusion import HybridDiT, HybridDiTPipeline
 from visionhybrid.diffusion.drawing import sheet
 from visionhybrid.train import state
 from visionhybrid.train.config import ConfigError, Generation
+from visionhybrid.train.distill import Inputs
 from visionhybrid.train.judge import Judge
-from visionhybrid.train.noising import Noising, noising, squared_error, squared_errors
+from visionhybrid.train.noising import Noising, noising, squared_errors
 from visionhybrid.train.sampler import Sample, stack
 from visionhybrid.train.task import share
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """`model(*args, **kwargs)[0]` should be `target`; each image counts with its weight."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Tensor  # (B, ...)
+    weight: Tensor  # (B,)
+
+    def errors(self, output: Tensor) -> Tensor:
+        """(B,). A variance that a model predicts besides, in further channels, is not looked at."""
+        return squared_errors(output[:, : self.target.shape[1]], self.target, self.weight)
+
+    def loss(self, output: Tensor) -> Tensor:
+        return self.errors(output).mean()
 
 
 class Generate:
@@ -35,6 +55,9 @@ class Generate:
 
     def __init__(self, config: Generation) -> None:
         self.config = config
+        for name, value in {"model.pipeline": config.model.pipeline, "latent.vae": config.latent.vae}.items():
+            if value:
+                raise ConfigError(f"{name}: not here yet")
         data = config.data
         self.mode = {1: "L", 3: "RGB"}[config.channels]
         self.repeat = data.repeat
@@ -47,7 +70,7 @@ class Generate:
                 "(0: train without them)"
             )
         images = LabelledImages(train, self._transform(config.flip), self.mode)
-        self.train_set = Noised(images, self.noising, config.diffusion.drop_label)
+        self.train_set = Noised(images, self.noising, config.diffusion.drop_label, data.num_classes)
         self.held_out = LabelledImages(held_out, self._transform(0.0), self.mode)
         self.judge = Judge(config.sampling.judge) if config.sampling.judge else None
         self.metric = "recognised" if self.judge else "loss"
@@ -89,16 +112,18 @@ class Generate:
     def loss(
         self, part: str, parts: Mapping[str, nn.Module], batch: Sample
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        image, noise, times, label = self.noise(batch)
-        noised = self.noising.noised(image, noise, times)
-        (prediction,) = parts["model"](noised, times, label, return_dict=False)
-        target = self.noising.target(image, noise, times)
-        return squared_error(prediction, target, self.noising.weight(times)), {}
+        asked = self.exercise(batch)
+        return asked.loss(parts["model"](*asked.args, **asked.kwargs)[0]), {}
 
-    def noise(self, batch: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Image, noise, times and labels of a training step; some labels are replaced by "any"."""
-        label = torch.where(batch["dropped"], self.config.data.num_classes, batch["label"])
-        return batch["image"], batch["noise"], batch["time"], self._labels(label)
+    def exercise(self, batch: Sample) -> Exercise:
+        """What the model is asked about a batch, in training or of held-out images."""
+        image, noise, times = batch["image"], batch["noise"], batch["time"]
+        return Exercise(
+            args=(self.noising.noised(image, noise, times), times, self._labels(batch["label"])),
+            kwargs={"return_dict": False},
+            target=self.noising.target(image, noise, times),
+            weight=self.noising.weight(times),
+        )
 
     def _labels(self, label: Tensor) -> Tensor | None:
         return label if self.config.data.num_classes else None
@@ -118,43 +143,47 @@ class Generate:
         times = self.noising.spread(97)[torch.arange(len(self.held_out)) * 31 % 97]
         sums = torch.zeros(2, dtype=torch.float64)
         for first in range(0, len(chosen), batch):
-            rows = []
-            for index, weight in chosen[first : first + batch]:
-                sample, weight = self._held_out_sample(index, weight)
-                noise = _noise(sample["image"].shape, mix(0, "held out", index))
-                rows.append((sample["image"], noise, times[index], sample["label"], torch.tensor(weight)))
-            image, noise, time, label, weight = (
-                torch.stack(column).to(device) for column in zip(*rows, strict=True)
+            part = chosen[first : first + batch]
+            rows = [self._held_out_sample(index, times[index]) for index, _ in part]
+            readable = torch.tensor(
+                [weight * (row is not None) for row, (_, weight) in zip(rows, part, strict=True)]
             )
-            target = self.noising.target(image, noise, time)
-            (prediction,) = model(
-                self.noising.noised(image, noise, time), time, self._labels(label), return_dict=False
-            )
-            each = squared_errors(prediction, target, self.noising.weight(time))
-            sums += torch.stack([(each * weight).sum(), weight.sum()]).double().cpu()
+            asked = self.exercise(self._together(rows, device))
+            each = asked.errors(model(*asked.args, **asked.kwargs)[0]).cpu()
+            sums += torch.stack([(each * readable).sum(), readable.sum()]).double()
         sums = accelerator.reduce(sums.float().to(device), "sum").cpu()
-        if not sums[1]:
-            raise ValueError("no held-out image could be read")
         return float(sums[0] / sums[1])
 
-    def held_out_inputs(self, device: torch.device, count: int = 64) -> list[Tensor | None]:
-        """Noised held-out images, times and labels, spread over the data and the times: always the same."""
+    def held_out_inputs(self, device: torch.device, count: int = 64) -> Inputs:
+        """The model's arguments for noised held-out images, spread over the data and the times: always the same."""
         count = min(count, len(self.held_out))
         places = torch.linspace(0, len(self.held_out) - 1, count).long().tolist()
-        samples = [self._held_out_sample(index, 1.0)[0] for index in places]
-        image, label = (torch.stack([sample[key] for sample in samples]) for key in ("image", "label"))
-        noise = torch.stack([_noise(image.shape[1:], mix(0, "held out", index)) for index in places])
         times = self.noising.spread(count)
-        known = self._labels(label)
-        noised = self.noising.noised(image, noise, times)
-        return [noised.to(device), times.to(device), None if known is None else known.to(device)]
+        rows = [self._held_out_sample(index, time) for index, time in zip(places, times, strict=True)]
+        asked = self.exercise(self._together(rows, device))
+        return asked.args, asked.kwargs
 
-    def _held_out_sample(self, index: int, weight: float) -> tuple[Sample, float]:
+    def _held_out_sample(self, index: int, time: Tensor) -> Sample | None:
+        """With the noise that this image always gets; None if it cannot be read."""
         try:
-            return self.held_out.sample(index, 0), weight
+            found = self.held_out.sample(index, 0)
         except CorruptSample:
-            size = self.config.data.image_size
-            return {"image": torch.zeros(self.config.channels, size, size), "label": torch.tensor(0)}, 0.0
+            return None
+        return {**found, "time": time, "noise": _noise(found["image"].shape, mix(0, "held out", index))}
+
+    def _together(self, rows: list[Sample | None], device: torch.device) -> Sample:
+        """A batch of held-out samples; unreadable ones are replaced, for they weigh nothing."""
+        batch = stack([row or self._stand_in for row in rows])
+        return {name: value.to(device) for name, value in batch.items()}
+
+    @cached_property
+    def _stand_in(self) -> Sample:
+        zero = torch.zeros(())
+        found = (self._held_out_sample(index, zero) for index in range(len(self.held_out)))
+        known = next((sample for sample in found if sample is not None), None)
+        if known is None:
+            raise ValueError("no held-out image can be read")
+        return known
 
     def _recognised(self, model: nn.Module, accelerator: Accelerator, limit: int | None) -> float:
         assert self.judge is not None
@@ -241,8 +270,8 @@ class Noised:
     Drawn with the image and not in the step: so they do not depend on how a batch is shared by processes or micro-batches.
     """
 
-    def __init__(self, images: LabelledImages, noising: Noising, drop: float) -> None:
-        self.images, self.noising, self.drop = images, noising, drop
+    def __init__(self, images: LabelledImages, noising: Noising, drop: float, anything: int) -> None:
+        self.images, self.noising, self.drop, self.anything = images, noising, drop, anything
 
     def __len__(self) -> int:
         return len(self.images)
@@ -256,7 +285,8 @@ class Noised:
         generator = torch.Generator().manual_seed(mix(seed, "noise"))
         found["noise"] = torch.randn(found["image"].shape, generator=generator)
         found["time"] = self.noising.draw(1, generator)[0]
-        found["dropped"] = torch.rand((), generator=generator) < self.drop
+        if torch.rand((), generator=generator) < self.drop:
+            found["label"] = torch.tensor(self.anything)
         return found
 
 

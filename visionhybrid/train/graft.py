@@ -16,7 +16,6 @@ from visionhybrid.diffusion import HybridDiT
 from visionhybrid.train.config import ConfigError, Graft
 from visionhybrid.train.distill import imitate, regress, relative_error
 from visionhybrid.train.generate import Generate
-from visionhybrid.train.noising import squared_error
 from visionhybrid.train.sampler import Sample
 
 
@@ -95,16 +94,14 @@ class GraftTask(Generate):
         self, part: str, parts: Mapping[str, nn.Module], batch: Sample
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config, net = self.graft, parts["model"]
-        image, noise, times, label = self.noise(batch)
-        noised, target = self.noising.noised(image, noise, times), self.noising.target(image, noise, times)
-        found = net(noised, times, label, return_dict=False, phase=config.phase)
+        asked = self.exercise(batch)
+        found = net(*asked.args, **asked.kwargs, phase=config.phase)
         if config.phase == "alone":
             loss, each = found
             return loss, {f"error/{name}": value for name, value in each.items()}
-        weight = self.noising.weight(times)
         if config.phase == "tune":
-            return squared_error(found[0], target, weight), {}
-        task = squared_error(found.prediction, target, weight)
+            return asked.loss(found[0]), {}
+        task = asked.loss(found.prediction)
         logs = {"task": task, "output": found.output, "features": found.features}
         total = (
             config.task_weight * task
@@ -119,7 +116,7 @@ class GraftTask(Generate):
         found = super().validate(model, accelerator, limit)
         teacher = self.teacher.to(accelerator.device)
         inputs = self.held_out_inputs(accelerator.device)
-        return {**found, "distance": relative_error(model, teacher, (inputs, {"return_dict": False}))}
+        return {**found, "distance": relative_error(model, teacher, inputs)}
 
     def release(self, model: nn.Module, path: Path, facts: dict[str, Any]) -> None:
         super().release(model.student if isinstance(model, Grafted) else model, path, facts)

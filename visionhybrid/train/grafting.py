@@ -96,7 +96,7 @@ def _choose(config: Graft, task: GraftTask, start: str, out: Path) -> tuple[str,
     """Measure every new layer; with a budget, give those that do not fit their old mixer back."""
     student = task.open(start) if start else task.parts()["model"].student
     assert isinstance(student, HybridDiT)
-    inputs: Inputs = (task.held_out_inputs(torch.device("cpu")), {"return_dict": False})
+    inputs = task.held_out_inputs(torch.device("cpu"))
     measured = _measure(student, task.teacher, inputs)
     kept = set(changed(student, task.teacher))
     if config.budget is not None:

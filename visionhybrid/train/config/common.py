@@ -1,5 +1,8 @@
 """What every task has: the network, the optimiser, the schedule, the loop, the guard."""
 
+# `dict` as a factory.
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field

@@ -1,5 +1,8 @@
 """Whole configs: checked, compared, written as JSON and read again."""
 
+# What a file holds is unknown until it is checked.
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses

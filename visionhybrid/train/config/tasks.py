@@ -1,11 +1,14 @@
 """The tasks: what each adds to `common.Config`. A new task is a new subclass and the file it names."""
 
+# `dict` as a factory.
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from visionhybrid.train.config.common import Config
+from visionhybrid.train.config.common import Config, Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,10 @@ class Classification(Config):
     data: Images = Images()
     augment: Augment = Augment()
     eval_batch: int = 64
+    # MESA, arXiv:2205.14083: weight of the cross entropy towards what the averaged weights (loop.ema_decay) say; 0: without
+    mesa: float = 0.0
+    mesa_start: float = 0.0  # epochs before that
+    sync_batch_norm: bool = False  # statistics over all processes instead of over each one's own share of the batch
 
     task: ClassVar[str] = "classification"
     entry: ClassVar[str] = "visionhybrid.train.classify:Classify"
@@ -116,7 +123,8 @@ class Adversarial(Restoration):
 class Diffusion:
     """What a generative model predicts, and which times it is trained at."""
 
-    predict: Literal["flow", "epsilon", "v"] = "flow"
+    # "pipeline": what the scheduler of `model.pipeline` says, with its betas or shift
+    predict: Literal["flow", "epsilon", "v", "pipeline"] = "flow"
     times: Literal["uniform", "logit_normal"] = "uniform"  # flow
     logit_mean: float = 0.0
     logit_std: float = 1.0
@@ -124,7 +132,7 @@ class Diffusion:
     betas: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"  # epsilon, v
     beta_range: tuple[float, ...] = (1e-4, 0.02)
     min_snr: float | None = None  # epsilon, v: gamma of min-SNR weighting; 5 in its paper
-    drop_label: float = 0.1  # share of images trained without their class, which guidance needs
+    drop_label: float = 0.1  # share of images trained without their class or caption, which guidance needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +141,7 @@ class Sampling:
 
     steps: int = 50
     guidance: float = 1.0  # 1: none
-    each: int = 8  # pictures of a class on the sheet
+    each: int = 8  # pictures of a class or prompt on the sheet
     classes: int = 10  # classes on the sheet, the first ones
     # file or run directory of a classifier: which percentage of samples it takes for the class asked for
     judge: str = ""
@@ -141,12 +149,58 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation(Config):
-    """`model.name` is "hybrid_dit", its options the keywords of `HybridDiT`; or a diffusers folder to go on from."""
+class Generator(Model):
+    """What is trained: a new model, or the denoiser of a pipeline that exists, on captions (`data.dataset=captions`)."""
 
+    # "hybrid_dit", "dit" (diffusers' DiTTransformer2DModel), "unet" (UNet2DModel): new, `options` are the class's keywords
+    name: str = "pipeline"
+    pipeline: str = ""  # name "pipeline": its diffusers folder, or name on the hub
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent:
+    """Training in the latent space of an autoencoder. A pipeline brings its own."""
+
+    vae: str = (
+        ""  # folder or hub name of diffusers' AutoencoderKL or AutoencoderDC, or of a pipeline; "": pixels
+    )
+    draw: Literal["sample", "mean"] = "sample"  # each time anew from the encoder's distribution, or its mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Captions, with `data.dataset=captions`: `data.root` is a folder of images, or has one for each split.
+
+    They stand in `metadata.jsonl` or `metadata.csv` (columns file_name and `column`), or in NAME.txt beside NAME.png.
+    """
+
+    column: str = "text"
+    missing: Literal["error", "skip"] = "error"  # an image without a caption; skipped ones are counted
+    hold_out: int = (
+        20  # a folder without splits: every so many-th image is held out; 0: none, validated on all
+    )
+    max_length: int = 0  # tokens of a T5-like encoder; 0: what the pipeline takes by itself
+    prompts: tuple[str, ...] = ()  # drawn at each validation; none: the first captions held out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """Encoded images and captions, computed once and kept on disk. Shared by runs: each takes what fits."""
+
+    folder: str = "runs/cache"
+    batch: int = 8  # images or captions encoded at once
+    precision: Literal["float32", "float16"] = "float32"  # as they are stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation(Config):
+    model: Generator = Generator()
     data: Images = Images()
     diffusion: Diffusion = Diffusion()
     sampling: Sampling = Sampling()
+    latent: Latent = Latent()
+    text: Text = Text()
+    cache: Cache = Cache()
     flip: float = 0.5  # share of images mirrored in training
     channels: Literal[1, 3] = 3
     eval_batch: int = 64

@@ -1,5 +1,8 @@
 """Changing a config by words of a command line, and giving any value the type of its field."""
 
+# What a person or a file gave is unknown until it is checked here.
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -7,7 +10,7 @@ import difflib
 import json
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from visionhybrid.train.config.common import Config, ConfigError
 
@@ -39,7 +42,7 @@ def _replace(node: Any, key: str, path: list[str], text: str, root: Config) -> A
         value = _replace(getattr(node, head), key, rest, text, root)
     else:
         value = _parse(text, get_type_hints(type(node))[head], key)
-    return dataclasses.replace(node, **{head: value})
+    return dataclasses.replace(cast(Any, node), **{head: value})
 
 
 def _guess(text: str) -> Any:
