@@ -64,6 +64,29 @@ def linear(mixer, q, k, v, grid, text):
     return out + F.pad(local, (0, 0, text, 0))
 
 
+def lina(mixer, q, k, v, grid, text):
+    weights = (q.relu() + 1e-6) @ (k.relu() + 1e-6).mT / k.shape[2]
+    return weights @ v / (weights.sum(-1, keepdim=True) + 1e-6)
+
+
+def hyena(mixer, q, k, v, grid, text):
+    """Each tap by itself: a token sees itself through the last one, its predecessor through the one before, ..."""
+
+    def filtered(x, layer, first=0):
+        if layer is None:
+            return x
+        heads, width = x.shape[1], x.shape[3]
+        part = slice(first * heads * width, (first + 1) * heads * width)
+        taps = layer.weight[part, 0].to(x.dtype).view(heads, 1, width, -1)
+        out = layer.bias[part].to(x.dtype).view(heads, 1, width).expand_as(x)
+        for back, tap in enumerate(reversed(taps.unbind(-1))):
+            out = out + tap * F.pad(x, (0, 0, back, 0))[:, :, : x.shape[2]]
+        return out
+
+    q, k, v = (filtered(x, mixer.short_filter, i) for i, x in enumerate((q, k, v)))
+    return q * filtered(k * v, mixer.inner_filter)
+
+
 def neighborhood(mixer, q, k, v, grid, text):
     options = [
         x if isinstance(x, list) else [x] * len(grid)
@@ -201,6 +224,11 @@ SAMPLES = {
     "linfusion, narrow": Sample(name="linfusion", definition=linfusion, options=dict(mid_dim=4)),
     "linear": Sample(name="linear", definition=linear),
     "linear, conv": Sample(name="linear", definition=linear, options=dict(conv=5)),
+    # its convolution and gates: test_mixers_golden.py
+    "lina": Sample(name="lina", definition=lina, options=dict(conv=0)),
+    "hyena": Sample(name="hyena", definition=hyena),
+    "hyena, no inner filter": Sample(name="hyena", definition=hyena, options=dict(inner=0)),
+    "hyena, no short filters": Sample(name="hyena", definition=hyena, options=dict(short=0, inner=3)),
     "sla main": Sample(name="sla", definition=sla, options=dict(block_q=16, block_k=8, topk=0.3)),
     "sla v1, elu": Sample(
         name="sla",

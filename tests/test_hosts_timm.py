@@ -20,6 +20,8 @@ from visionhybrid.hosts.timm.modules import MixedAttention
 MIXERS = {
     "agent": dict(cell=2, ratio=0.2, agent_ratio=0.6),
     "clear": dict(radius=2),
+    "hyena": {},
+    "lina": dict(conv=3),
     "linear": dict(conv=3),
     "linfusion": dict(zero_init=False),
     "neighborhood": dict(kernel_size=3),

@@ -3,10 +3,13 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from golden import list_cases, load_case
 
 import visionhybrid
 from visionhybrid import mixers
 from visionhybrid.diffusion import HybridDiT, HybridDiTPipeline
+from visionhybrid.diffusion.dit_weights import read_dit
+from visionhybrid.diffusion.hybrid_dit import _positions
 
 TINY = dict(
     sample_size=8, in_channels=2, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_classes=3
@@ -38,6 +41,8 @@ VARIANTS = {
     "mix_ffn": dict(feed_forward="mix_ffn", mlp_ratio=2.5),
     "qk_norm": dict(qk_norm=True),
     "mixed": dict(mixer=["softmax", "linfusion"]),
+    "options by block": dict(mixer="hyena", mixer_options={"hyena": dict(inner=0), "1": dict(short=0)}),
+    "hyena": dict(feed_forward=["mlp", "hyena"], mlp_ratio=[3.0, 2.0]),
 }
 
 
@@ -99,15 +104,40 @@ def test_positions_are_stretched_to_other_sizes():
     ("options", "message"),
     [
         (dict(sample_size=9), "multiple of patch_size"),
-        (dict(mixer=["softmax"]), "one name for each"),
+        (dict(mixer=["softmax"]), "mixer needs one value for each"),
         (dict(mixer="softmx"), "did you mean 'softmax'"),
         (dict(mixer_options={"sla": {}}), "no block has that mixer"),
-        (dict(feed_forward="moe"), "mlp, mix_ffn"),
+        (dict(feed_forward="moe"), "mlp, mix_ffn, hyena"),
     ],
 )
 def test_options_that_make_no_model(options, message):
     with pytest.raises(ValueError, match=message):
         HybridDiT(**{**TINY, **options})
+
+
+@pytest.mark.parametrize("name", [name for name in list_cases() if name.startswith("grafting_dit_")])
+def test_grafted_dits_of_the_authors(name):
+    case = load_case(name)
+    state, kwargs = case.state_dict(), case.facts["kwargs"]
+    grid = (kwargs["input_size"] // kwargs["patch_size"],) * 2
+    drawn = state["pos_embed"]
+    with pytest.raises(ValueError, match="not DiT's sine-cosine table"):
+        read_dit(state, num_attention_heads=kwargs["num_heads"])
+    with pytest.raises(ValueError, match="give num_attention_heads="):
+        read_dit(state)
+    state["pos_embed"] = _positions(kwargs["hidden_size"], grid, grid[0])
+    model = read_dit(state, num_attention_heads=kwargs["num_heads"])
+    model.positions.copy_(drawn)
+    with torch.no_grad():
+        case.check("y", model(case.input("x"), 999 * case.input("t"), case.input("c")).sample)
+
+
+def test_other_weights_are_no_dit(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"stem.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"not a checkpoint of DiT: no rule renames 'stem\.weight'"):
+        read_dit(tmp_path / "x.safetensors")
 
 
 def test_inputs_that_do_not_fit():

@@ -97,7 +97,7 @@ def test_rows_and_their_halo_give_the_rows(sample, grid):
     mixer, text = build(sample), 3
     halo = mixer.halo(grid)
     if halo is None:  # every token, or a state of all: not for the halo of a neighbour
-        assert sample.name in ("softmax", "linfusion", "linear", "sla", "agent") or mixer.down > 1
+        assert sample.name in ("softmax", "linfusion", "linear", "lina", "sla", "agent") or mixer.down > 1
         return
     row = prod(grid[1:])
     qkv = tokens(grid, text)[:3]
@@ -250,6 +250,8 @@ def test_cost_grows_with_the_grid(sample):
         ("linear", 5, {}),
         ("linear", 0, dict(conv=3)),
         ("linfusion", 5, dict(mid_dim=7)),
+        ("lina", 5, dict(conv=3)),
+        ("hyena", 5, {}),
         ("sla", 0, dict(block_q=16, block_k=8)),
         ("sla", 16, dict(block_q=16, block_k=8)),
     ],
@@ -261,6 +263,8 @@ def test_cost_is_what_pytorch_counts(name, text, options):
         mixer(*qkv, grid=(16, 24), text_tokens=text)
         if hasattr(mixer, "hidden"):
             mixer.hidden(torch.randn(1, 16 * 24 + text, HEADS * WIDTH))
+        if hasattr(mixer, "beside"):
+            mixer.beside(torch.randn(1, 16 * 24 + text, HEADS * WIDTH), grid=(16, 24), text_tokens=text)
     assert counter.get_total_flops() == 2 * mixer.cost(grid=(16, 24), text_tokens=text).macs
 
 
@@ -343,6 +347,9 @@ def test_registry_knows_what_mixers_need():
         (lambda: made("linfusion", mid_dim=0), "linfusion: mid_dim must be positive"),
         (lambda: made("linear", conv=4), "linear: conv must be odd"),
         (lambda: made("linear", feature_map="gelu"), "linear: feature_map must be one of elu, relu"),
+        (lambda: made("lina", conv=2), "lina: conv must be odd"),
+        (lambda: mixed("lina", gates=11), "lina: has gates for 11 tokens, got 12"),
+        (lambda: made("hyena", short=-1), "hyena: short and inner are numbers of taps"),
         (lambda: made("clear", radius=0), "clear: radius must be above 0"),
         (
             lambda: made("clear", scale=1.0, trained_tokens=9),

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visionhybrid import mixers
+from visionhybrid.diffusion.feed_forward import HyenaFeedForward
 from visionhybrid.mixers.agent import agent_attention
 
 
@@ -277,3 +278,64 @@ def test_freeswim(name):
         mixer = mixers.create("neighborhood", dim=8, heads=1, head_dim=8, kernel_size=size)
         grid = (config["frames"], config["height"], config["width"])
         case.check(f"mask{i}", (attended(mixer, grid) > 0).float())
+
+
+@pytest.mark.parametrize("name", cases("lina_"))
+def test_lina(name):
+    """The layer around the mixer: encoder, or decoder with its convolution and gates for 64 tokens of text and 16x16 of image."""
+    case = load_case(name)
+    state, heads, x = case.state_dict(), case.facts["kwargs"]["num_heads"], case.input("x")
+    own = {key: value for key, value in state.items() if not key.startswith(("qkv.", "proj."))}
+    gates = own["key_scale"].shape[2] if "key_scale" in own else 0
+    conv = next((value.shape[-1] for value in own.values() if value.ndim == 4 and value.shape[-1] > 1), 0)
+    dim = x.shape[2]
+    mixer = mixers.create("lina", dim=dim, heads=heads, head_dim=dim // heads, conv=conv, gates=gates)
+    mixer.load_state_dict(own, strict=True)
+    place = dict(grid=(16, 16), text_tokens=x.shape[1] - 256) if conv else dict(grid=(1, x.shape[1]))
+    q, k, v = (heads_of(y, heads) for y in linear(state, "qkv", x).chunk(3, -1))
+    out = joined(mixer(q, k, v, **place)) + mixer.beside(x, **place)
+    (output,) = case.outputs
+    case.check(output, linear(state, "proj", out))
+
+
+def test_linas_gates_and_convolution():
+    """Written out, as the published cases have no gates."""
+    mixer = mixers.create("lina", dim=8, heads=2, head_dim=4, conv=3, gates=14)
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter)
+    q, k, v = torch.randn(3, 2, 2, 14, 4)
+    p, r = (y.relu() + 1e-6 for y in (q, k))
+    weights = p @ (r * mixer.key_scale).mT / 14
+    want = weights @ (v * mixer.value_scale) / (weights.sum(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(mixer(q, k, v, grid=(3, 4), text_tokens=2), want, rtol=1e-4, atol=1e-4)
+    x = torch.randn(2, 14, 8)
+    beside = mixer.beside(x, grid=(3, 4), text_tokens=2)
+    assert not beside[:, :2].any()
+    maps = F.pad(x[:, 2:].mT.unflatten(2, (3, 4)), (1, 1, 1, 1))
+    at = (maps[:, :, 1:4, 2:5] * mixer.dw_conv.weight[:, 0]).sum(
+        (2, 3)
+    ) + mixer.dw_conv.bias  # of row 1, column 2
+    torch.testing.assert_close(beside[:, 2 + 4 + 2], at)
+
+
+@pytest.mark.parametrize("name", cases("grafting_ops_"))
+def test_grafted_operators(name):
+    case = load_case(name)
+    x, state = case.input("x"), case.state_dict()
+    for operator in case.outputs:
+        own = {k.removeprefix(f"{operator}."): v for k, v in state.items() if k.startswith(f"{operator}.")}
+        if operator.startswith("mlp"):
+            ratio = case.facts["kwargs"]["expansion_ratio"]
+            network = HyenaFeedForward(x.shape[2], ratio, tokens=len(own["short_filter.weight"]))
+            network.load_state_dict(own, strict=True)
+            case.check(operator, network(x, (1, x.shape[1])))
+            continue
+        filters = {k: v for k, v in own.items() if "filter" in k}
+        short, inner = (
+            filters[f"{f}_filter.weight"].shape[2] if f"{f}_filter.weight" in filters else 0
+            for f in ("short", "inner")
+        )
+        mixer = mixers.create("hyena", dim=x.shape[2], heads=1, head_dim=x.shape[2], short=short, inner=inner)
+        mixer.load_state_dict(filters, strict=True)
+        q, k, v = (heads_of(y, 1) for y in linear(own, "in_proj", x).chunk(3, -1))
+        case.check(operator, linear(own, "out_proj", joined(mixer(q, k, v, grid=(1, x.shape[1])))))

@@ -23,6 +23,8 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "linfusion": ("linfusion", dict(mid_dim=-1)),
     "linear": ("linear", {}),
     "linear_conv5": ("linear", dict(conv=5)),
+    "lina": ("lina", {}),
+    "hyena_se": ("hyena", {}),
     "sla": ("sla", {}),
     "clear_r8": ("clear", dict(radius=8)),
     "clear_r16": ("clear", dict(radius=16)),

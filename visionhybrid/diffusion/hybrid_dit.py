@@ -20,13 +20,10 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.transformers.sana_transformer import GLUMBConv
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from visionhybrid import mixers
-
-Grid = tuple[int, int]
+from visionhybrid.diffusion.feed_forward import FEED_FORWARD, Grid
 
 
 class MixedAttention(nn.Module):
@@ -42,34 +39,13 @@ class MixedAttention(nn.Module):
         self.to_out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        x_q, x_k = self.mixer.hidden(x) if hasattr(self.mixer, "hidden") else (x, x)
+        x_q, x_k = self.mixer.hidden(x)
         q, k, v = self.norm_q(self.to_q(x_q)), self.norm_k(self.to_k(x_k)), self.to_v(x)
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, D)
-        return self.to_out(self.mixer(q, k, v, grid=grid).transpose(1, 2).flatten(2))
-
-
-class FeedForward(Mlp):
-    """DiT's MLP."""
-
-    def __init__(self, dim: int, ratio: float) -> None:
-        super().__init__(dim, int(dim * ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        return super().forward(x)
-
-
-class MixFeedForward(GLUMBConv):
-    """SANA's Mix-FFN: a gated MLP with a 3x3 depthwise convolution over the image."""
-
-    def __init__(self, dim: int, ratio: float) -> None:
-        super().__init__(dim, dim, ratio, norm_type=None, residual_connection=False)
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        image = x.transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
-        return super().forward(image).flatten(2).transpose(1, 2)
-
-
-FEED_FORWARD = {"mlp": FeedForward, "mix_ffn": MixFeedForward}
+        out = self.mixer(q, k, v, grid=grid).transpose(1, 2).flatten(2)
+        if hasattr(self.mixer, "beside"):
+            out = out + self.mixer.beside(x, grid=grid)
+        return self.to_out(out)
 
 
 class Block(nn.Module):
@@ -86,15 +62,14 @@ class Block(nn.Module):
         mixer: str,
         options: Mapping[str, Any],
         *,
-        feed_forward: str,
-        mlp_ratio: float,
+        feed_forward: nn.Module,
         qk_norm: bool,
         shared: bool,
     ) -> None:
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6) for _ in range(2))
         self.attn = MixedAttention(dim, heads, mixer, options, qk_norm)
-        self.mlp = FEED_FORWARD[feed_forward](dim, mlp_ratio)
+        self.mlp = feed_forward
         self.modulation = None if shared else nn.Linear(dim, 6 * dim)
         self.table = nn.Parameter(torch.zeros(6, dim)) if shared else None
 
@@ -120,8 +95,9 @@ class HybridDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_classes: classes that can be asked for; one more, the number `num_classes`, means "any" and is what guidance
             compares with. 0: unconditional.
         mixer: name of a registered mixer for all blocks, or one name for each (`visionhybrid.mixers.list_mixers()`).
-        mixer_options: mixer name -> keywords of its construction.
-        feed_forward: "mlp" (DiT) or "mix_ffn" (SANA); mlp_ratio: hidden width over width (4 and 2.5 there).
+        mixer_options: mixer name -> keywords of its construction; or number of a block, "3", where that differs.
+        feed_forward: "mlp" (DiT), "mix_ffn" (SANA) or "hyena" (grafting), for all blocks or one for each.
+        mlp_ratio: hidden width over width (4, 2.5, 2 there), likewise.
         shared_modulation: one modulation layer for all blocks, and a table in each (SANA, PixArt).
         qk_norm: RMS norm of queries and keys over the whole width (SANA 1.5).
     Raises:
@@ -147,14 +123,18 @@ class HybridDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_classes: int = 1000,
         mixer: str | Sequence[str] = "softmax",
         mixer_options: Mapping[str, Mapping[str, Any]] | None = None,
-        feed_forward: str = "mlp",
-        mlp_ratio: float = 4.0,
+        feed_forward: str | Sequence[str] = "mlp",
+        mlp_ratio: float | Sequence[float] = 4.0,
         shared_modulation: bool = False,
         qk_norm: bool = False,
     ) -> None:
         super().__init__()
-        names = [mixer] * num_layers if isinstance(mixer, str) else list(mixer)
-        _check(sample_size, patch_size, num_layers, names, mixer_options or {}, feed_forward)
+        names, networks, ratios = (
+            _each(name, value, num_layers)
+            for name, value in dict(mixer=mixer, feed_forward=feed_forward, mlp_ratio=mlp_ratio).items()
+        )
+        options = mixer_options or {}
+        _check(sample_size, patch_size, names, options, networks)
         dim = num_attention_heads * attention_head_dim
         self.out_channels = out_channels or in_channels
         self.gradient_checkpointing = False
@@ -170,13 +150,12 @@ class HybridDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 dim,
                 num_attention_heads,
                 name,
-                (mixer_options or {}).get(name, {}),
-                feed_forward=feed_forward,
-                mlp_ratio=mlp_ratio,
+                options.get(str(i), options.get(name, {})),
+                feed_forward=FEED_FORWARD[networks[i]](dim, ratios[i], tokens=side * side),
                 qk_norm=qk_norm,
                 shared=shared_modulation,
             )
-            for name in names
+            for i, name in enumerate(names)
         )
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(dim, 2 * dim)
@@ -246,11 +225,9 @@ class HybridDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Make the config say which mixers the blocks have now, after `visionhybrid.attach`."""
         now = [block.attn.mixer for block in self.blocks]
         options: dict[str, Any] = {}
-        for mixer in now:
+        for i, mixer in enumerate(now):
             if options.setdefault(mixer.about.name, mixer.options) != mixer.options:
-                raise ValueError(
-                    f"HybridDiT: all blocks with {mixer.about.name} need the same options, to be saved"
-                )
+                options[str(i)] = mixer.options
         self.register_to_config(mixer=[m.about.name for m in now], mixer_options=options)
 
     def _positions(self, grid: Grid, like: Tensor) -> Tensor:
@@ -268,26 +245,32 @@ class HybridDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return condition if self.class_embed is None else condition + self.class_embed(labels)
 
 
+def _each(what: str, value: Any, count: int) -> list[Any]:
+    """One value for each block."""
+    values = [value] * count if isinstance(value, str | int | float) else list(value)
+    if len(values) != count:
+        raise ValueError(
+            f"HybridDiT: {what} needs one value for each of the {count} blocks, got {len(values)}"
+        )
+    return values
+
+
 def _check(
     sample_size: int,
     patch_size: int,
-    num_layers: int,
     names: Sequence[str],
     options: Mapping[str, Any],
-    feed_forward: str,
+    networks: Sequence[str],
 ) -> None:
     if sample_size % patch_size:
         raise ValueError(
             f"HybridDiT: sample_size {sample_size} must be a multiple of patch_size {patch_size}"
         )
-    if len(names) != num_layers:
-        raise ValueError(
-            f"HybridDiT: mixer needs one name for each of the {num_layers} blocks, got {len(names)}"
-        )
-    if unused := sorted(set(options) - set(names)):
+    if unused := sorted(set(options) - set(names) - {str(i) for i in range(len(names))}):
         raise ValueError(f"HybridDiT: mixer_options for {unused[0]!r}, but no block has that mixer")
-    if feed_forward not in FEED_FORWARD:
-        raise ValueError(f"HybridDiT: feed_forward is one of {', '.join(FEED_FORWARD)}, got {feed_forward!r}")
+    for name in networks:
+        if name not in FEED_FORWARD:
+            raise ValueError(f"HybridDiT: feed_forward is one of {', '.join(FEED_FORWARD)}, got {name!r}")
 
 
 def _positions(dim: int, grid: Grid, base: int, device: torch.device | None = None) -> Tensor:

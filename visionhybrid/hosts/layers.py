@@ -30,6 +30,7 @@ class Layer:
     axes: int = 2  # of its grid: 2 for images, 3 for video
     joint: bool = False  # text tokens are mixed with the image's
     masked: bool = False  # every call has a mask, of padded text
+    beside: bool = False  # what a mixer makes of the hidden states beside its attention is added
     reason: str | None = None
 
     @property

@@ -86,7 +86,15 @@ def _layers(model: Any, size: int | tuple[int, ...] | None) -> list[Layer]:
         raise ValueError(f"attach: {type(model).__name__} has no attention that a mixer could replace")
     grid = model.grid_of((size, size) if isinstance(size, int) else size)
     return [
-        Layer(name=name, module=module, dim=mixer.dim, heads=mixer.heads, head_dim=mixer.head_dim, grid=grid)
+        Layer(
+            name=name,
+            module=module,
+            dim=mixer.dim,
+            heads=mixer.heads,
+            head_dim=mixer.head_dim,
+            grid=grid,
+            beside=True,
+        )
         for name, module in model.named_modules()
         if isinstance(mixer := module._modules.get("mixer"), Mixer)
     ]

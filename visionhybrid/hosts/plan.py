@@ -72,6 +72,10 @@ def _check(part: Part) -> None:
         raise ValueError(
             f"attach: {layer.name} mixes text and image tokens together, which {part.mixer} cannot"
         )
+    if hasattr(about.mixer, "beside") and not layer.beside:
+        raise ValueError(
+            f"attach: {part.mixer} adds something of the hidden states, and {layer.name} has several kinds of them"
+        )
     if layer.masked and not about.masks:
         raise ValueError(
             f"attach: {layer.name} is called with a mask of padded text, which {part.mixer} cannot honour"

@@ -10,6 +10,8 @@
 from visionhybrid.mixers import (  # noqa: F401  (each file registers its mixer)
     agent,
     clear,
+    hyena,
+    lina,
     linear,
     linfusion,
     neighborhood,

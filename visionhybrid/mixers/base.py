@@ -80,7 +80,8 @@ class Mixer(nn.Module):
     (text, class or register tokens), then `prod(grid)` image tokens in row-major order, `grid` being `(H, W)` or `(T, H, W)`.
     A mixer with `about.masks` also takes `key_mask`, (B, N) bool, True for keys that count.
 
-    A mixer that changes the hidden states before the projections has a method `hidden(x) -> (x_q, x_k)`.
+    A mixer that changes the hidden states before the projections does that in `hidden`. One that adds something
+    made of them to the output, before its projection, has `beside(x, grid=, text_tokens=)`, (B, N, dim) -> (B, N, dim).
 
     Args:
         dim: channels of the hidden states. heads, head_dim: of q, k, v.
@@ -95,6 +96,10 @@ class Mixer(nn.Module):
     def __init__(self, *, dim: int, heads: int, head_dim: int, scale: float | None = None) -> None:
         super().__init__()
         self.dim, self.heads, self.head_dim, self.scale = dim, heads, head_dim, scale
+
+    def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, dim) -> what goes to the projections of q and of k; x itself where that is all."""
+        return x, x
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, grid: Sequence[int], text_tokens: int = 0

@@ -146,7 +146,7 @@ def _layers(model: nn.Module, size: int | tuple[int, ...] | None) -> list[Layer]
             continue
         heads = int(attn.num_heads)
         dim = getattr(getattr(attn, "qkv", None), "in_features", getattr(attn, "dim", 0))
-        layer: dict[str, Any] = dict(name=name, module=module, dim=dim, heads=heads, joint=joint)
+        layer: dict[str, Any] = dict(name=name, module=module, dim=dim, heads=heads, joint=joint, beside=True)
         layer["head_dim"] = getattr(attn, "head_dim", dim // heads)
         found.append(Layer(**layer, grid=grid, reason=_reason(model, name, module, ours)))
     if not found:

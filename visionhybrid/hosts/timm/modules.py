@@ -83,18 +83,20 @@ class MixedAttention(Attention):
         B, N, _ = x.shape
         q, k, v = self._project(x)
         q, k = self.q_norm(q), self.k_norm(k)
-        out = self.mixer(q, k, v, grid=grid, text_tokens=N - grid[0] * grid[1])
-        out = self.norm(out.transpose(1, 2).reshape(B, N, self.attn_dim))
+        place = dict(grid=grid, text_tokens=N - grid[0] * grid[1])
+        out = self.mixer(q, k, v, **place).transpose(1, 2).reshape(B, N, self.attn_dim)
+        if hasattr(self.mixer, "beside"):
+            out = out + self.mixer.beside(x, **place)
+        out = self.norm(out)
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """q, k, v, each (B, heads, N, D), k and q of the mixer's own hidden states if it has some."""
-        if not hasattr(self.mixer, "hidden"):
+        sources = (*self.mixer.hidden(x), x)
+        if all(source is x for source in sources):
             return tuple(self._heads(part) for part in self.qkv(x).chunk(3, -1))
-        hidden: Any = self.mixer.hidden
-        sources = (*hidden(x), x)
         if (
             type(self.qkv) is not nn.Linear
         ):  # LoRA, quantisation: its weight alone does not say what it computes

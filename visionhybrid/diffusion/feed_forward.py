@@ -1,0 +1,64 @@
+"""Feed-forward networks of a diffusion transformer's blocks: (B, N, C) on a grid -> the same. `FEED_FORWARD` has them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from diffusers.models.transformers.sana_transformer import GLUMBConv
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from visionhybrid.mixers.hyena import CausalFilter
+
+Grid = tuple[int, int]
+
+
+class FeedForward(Mlp):
+    """DiT's MLP."""
+
+    def __init__(self, dim: int, ratio: float, *, tokens: int = 0) -> None:
+        super().__init__(dim, int(dim * ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        return super().forward(x)
+
+
+class MixFeedForward(GLUMBConv):
+    """SANA's Mix-FFN: a gated MLP with a 3x3 depthwise convolution over the image."""
+
+    def __init__(self, dim: int, ratio: float, *, tokens: int = 0) -> None:
+        super().__init__(dim, dim, ratio, norm_type=None, residual_connection=False)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        image = x.transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
+        return super().forward(image).flatten(2).transpose(1, 2)
+
+
+class HyenaFeedForward(nn.Module):
+    """Hyena-X as a channel mixer: a product of three projections, filtered along the channels.
+
+    keshik6/grafting@6ace8b5 `src/operators/mlp/mlp_hyena_x.py`; arXiv:2506.05340. Each of the `tokens` places has four taps of its
+    own, that run over the channels of all three projections as one row. So only this many tokens can be mixed.
+    """
+
+    def __init__(self, dim: int, ratio: float, *, tokens: int) -> None:
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.in_proj, self.out_proj = nn.Linear(dim, 3 * hidden), nn.Linear(hidden, dim)
+        self.short_filter = CausalFilter(tokens, 4)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        if x.shape[1] != self.short_filter.in_channels:
+            raise ValueError(
+                f"hyena feed-forward: has filters for {self.short_filter.in_channels} tokens, got {x.shape[1]}"
+            )
+        q, k, v = self.short_filter(self.in_proj(x)).chunk(3, 2)
+        return self.out_proj(q * k * v)
+
+
+# name -> made of (dim, hidden over outer width, tokens of the grid it is trained on)
+FEED_FORWARD: dict[str, Callable[..., nn.Module]] = {
+    "mlp": FeedForward,
+    "mix_ffn": MixFeedForward,
+    "hyena": HyenaFeedForward,
+}
