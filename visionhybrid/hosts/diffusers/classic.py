@@ -21,7 +21,7 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair, does_more, halved
+from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair, does_more, halved, layers_of
 from visionhybrid.hosts.layers import Layer
 
 __all__ = ["FAMILIES", "MixerProcessor"]
@@ -82,13 +82,15 @@ class MixerProcessor:
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
 
-        x_q, x_k = mixer.hidden(x) if hasattr(mixer, "hidden") else (x, x)
+        x_q, x_k = mixer.hidden(x)
         projected = attn.to_q(x_q), attn.to_k(x_k), attn.to_v(x)
         q, k, v = (y.unflatten(2, (attn.heads, -1)).transpose(1, 2) for y in projected)  # (B, heads, N, D)
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
         extra = {} if metric is None else {"metric": metric}
         out = mixer(q, k, v, grid=grid, **extra).transpose(1, 2).flatten(2)
+        if hasattr(mixer, "beside"):
+            out = out + mixer.beside(x, grid=grid)
 
         for layer in attn.to_out:
             out = layer(out)
@@ -103,23 +105,12 @@ def _find(
     model: nn.Module, size: SampleSize, grid_of: Callable[[str], tuple[int, ...] | None]
 ) -> list[Layer]:
     """Every `Attention` of `model`; `grid_of(name)` gives the sides of its map."""
-    found = []
-    for name, module in model.named_modules():
-        if not isinstance(module, Attention):
-            continue
+
+    def facts(name: str, module: Any) -> dict[str, Any]:
         owner = model.get_submodule(name.rpartition(".")[0])
-        found.append(
-            Layer(
-                name=name,
-                module=module,
-                dim=module.query_dim,
-                heads=module.heads,
-                head_dim=module.inner_dim // module.heads,
-                grid=grid_of(name),
-                reason=_reason(name, module, owner),
-            )
-        )
-    return found
+        return dict(grid=grid_of(name), beside=True, reason=_reason(name, module, owner))
+
+    return layers_of(model, Attention, facts)
 
 
 def _reason(name: str, attn: Attention, owner: nn.Module) -> str | None:

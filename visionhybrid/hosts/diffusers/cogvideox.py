@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from visionhybrid.hosts.diffusers.arguments import Call, added, argument, drop
-from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more
+from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more, hook_others, layers_of
 from visionhybrid.hosts.diffusers.joint import VideoJointProcessor
 from visionhybrid.hosts.layers import Layer
 
@@ -31,23 +31,12 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
     if size is None:
         frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
         size = (frames, config.sample_height, config.sample_width)
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, Attention):
-            found.append(
-                Layer(
-                    name=name,
-                    module=module,
-                    dim=module.query_dim,
-                    heads=module.heads,
-                    head_dim=module.inner_dim // module.heads,
-                    grid=_sides(config, *size),
-                    axes=3,
-                    joint=True,
-                    reason=does_more(module, PLAIN),
-                )
-            )
-    return found
+    grid = _sides(config, *size)
+    return layers_of(
+        model,
+        Attention,
+        lambda name, module: dict(grid=grid, axes=3, joint=True, reason=does_more(module, PLAIN)),
+    )
 
 
 def _sides(config: Any, frames: int, height: int, width: int) -> tuple[int, int, int]:
@@ -56,11 +45,8 @@ def _sides(config: Any, frames: int, height: int, width: int) -> tuple[int, int,
 
 
 def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
-    handles = [model.register_forward_pre_hook(_tell, with_kwargs=True)]
-    for name, module in model.named_modules():
-        if isinstance(module, Attention) and name not in names:
-            handles.append(module.register_forward_pre_hook(drop, with_kwargs=True))
-    return handles
+    told = model.register_forward_pre_hook(_tell, with_kwargs=True)
+    return [told, *hook_others(model, Attention, names, drop)]
 
 
 def _tell(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

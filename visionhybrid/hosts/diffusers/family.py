@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 
 from visionhybrid.hosts.layers import Layer
 
-__all__ = ["Family", "SampleSize", "does_more", "family_of"]
+__all__ = ["Family", "SampleSize", "does_more", "family_of", "hook_others", "layers_of"]
 
 SampleSize = tuple[int, ...] | None
 
@@ -53,6 +53,38 @@ def does_more(attn: Any, plain: frozenset[str], than: str = "softmax") -> str | 
     if name in plain or getattr(attn.processor, "mixes", False):
         return None
     return f"its processor {name} does more than {than} attention, and a mixer would undo that"
+
+
+def layers_of(
+    model: nn.Module, kind: type[nn.Module], facts: Callable[[str, Any], Mapping[str, Any]]
+) -> list[Layer]:
+    """Every attention of class `kind`; `facts` (name, module) are those of `Layer` beside its widths."""
+    return [
+        Layer(
+            name=name,
+            module=module,
+            dim=module.to_q.in_features,
+            heads=module.heads,
+            head_dim=module.inner_dim // module.heads,
+            **facts(name, module),
+        )
+        for name, module in attention_of(model, kind)
+    ]
+
+
+def attention_of(model: nn.Module, kind: type[nn.Module]) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+def hook_others(
+    model: nn.Module, kind: type[nn.Module], names: set[str], hook: Callable[..., Any]
+) -> list[Any]:
+    """Handles of `hook`, which takes keywords, before every attention of class `kind` that is not among `names`."""
+    return [
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+        for name, module in attention_of(model, kind)
+        if name not in names
+    ]
 
 
 def known_models() -> list[str]:

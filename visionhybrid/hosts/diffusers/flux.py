@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from visionhybrid.hosts.diffusers.arguments import Call, added, argument, drop
-from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more
+from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more, hook_others, layers_of
 from visionhybrid.hosts.diffusers.joint import JointProcessor
 from visionhybrid.hosts.layers import Layer
 
@@ -87,31 +87,17 @@ def _adapt(attn: Any, processor: Any) -> Any:
 def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
     """`size` in latent pixels, of which two by two are packed to a token."""
     grid = None if size is None else tuple(side // 2 for side in size)
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, FluxAttention):
-            found.append(
-                Layer(
-                    name=name,
-                    module=module,
-                    dim=module.query_dim,
-                    heads=module.heads,
-                    head_dim=module.head_dim,
-                    grid=grid,
-                    joint=True,
-                    reason=does_more(module, PLAIN),
-                )
-            )
-    return found
+    return layers_of(
+        model,
+        FluxAttention,
+        lambda name, module: dict(grid=grid, joint=True, reason=does_more(module, PLAIN)),
+    )
 
 
 def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
     sides = any(model.get_submodule(f"{name}.mixer").about.grids for name in names)  # pyright: ignore[reportAttributeAccessIssue]
-    handles = [model.register_forward_pre_hook(partial(_tell, sides=sides), with_kwargs=True)]
-    for name, module in model.named_modules():
-        if isinstance(module, FluxAttention) and name not in names:
-            handles.append(module.register_forward_pre_hook(drop, with_kwargs=True))
-    return handles
+    told = model.register_forward_pre_hook(partial(_tell, sides=sides), with_kwargs=True)
+    return [told, *hook_others(model, FluxAttention, names, drop)]
 
 
 def _tell(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, sides: bool) -> Call:

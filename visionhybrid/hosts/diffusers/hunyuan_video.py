@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from visionhybrid.hosts.diffusers.arguments import Call, argument
-from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more
+from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more, hook_others, layers_of
 from visionhybrid.hosts.diffusers.joint import VideoJointProcessor
 from visionhybrid.hosts.layers import Layer
 
@@ -29,33 +29,19 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
         raise ValueError(f"attach: sample_size of a video model is (frames, height, width), got {size}")
     patch = (config.patch_size_t, config.patch_size, config.patch_size)
     grid = None if size is None else tuple(n // p for n, p in zip(size, patch, strict=True))
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, Attention):
-            text = name.startswith("context_embedder")
-            found.append(
-                Layer(
-                    name=name,
-                    module=module,
-                    dim=module.query_dim,
-                    heads=module.heads,
-                    head_dim=module.inner_dim // module.heads,
-                    grid=None if text else grid,
-                    axes=3,
-                    joint=True,
-                    masked=True,
-                    reason="its tokens are the text's" if text else does_more(module, PLAIN),
-                )
-            )
-    return found
+
+    def facts(name: str, module: Any) -> dict[str, Any]:
+        same = dict(axes=3, joint=True, masked=True)
+        if name.startswith("context_embedder"):
+            return same | dict(reason="its tokens are the text's")
+        return same | dict(grid=grid, reason=does_more(module, PLAIN))
+
+    return layers_of(model, Attention, facts)
 
 
 def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
-    handles = [model.get_submodule("rope").register_forward_hook(_add_sides, with_kwargs=True)]
-    for name, module in model.named_modules():
-        if isinstance(module, Attention) and name not in names:
-            handles.append(module.register_forward_pre_hook(_drop_sides, with_kwargs=True))
-    return handles
+    told = model.get_submodule("rope").register_forward_hook(_add_sides, with_kwargs=True)
+    return [told, *hook_others(model, Attention, names, _drop_sides)]
 
 
 def _add_sides(rope: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rotary: Any) -> tuple[Any, ...]:

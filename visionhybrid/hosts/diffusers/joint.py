@@ -99,13 +99,11 @@ class VideoJointProcessor(JointProcessor):
 def _project(attn: Any, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """(B, N, C) of one stream -> its q, k, v as (B, heads, N, D), normed."""
     to_q, to_k, to_v, norm_q, norm_k = (getattr(attn, name) for name in names[:5])
-    if hasattr(attn.mixer, "hidden"):  # q and k come of other states than v
-        x_q, x_k = attn.mixer.hidden(x)
-        parts = to_q(x_q), to_k(x_k), to_v(x)
-    elif attn.fused_projections:
+    x_q, x_k = attn.mixer.hidden(x)
+    if attn.fused_projections and x_q is x_k is x:
         parts = getattr(attn, names[5])(x).chunk(3, dim=-1)
     else:
-        parts = to_q(x), to_k(x), to_v(x)
+        parts = to_q(x_q), to_k(x_k), to_v(x)
     q, k, v = (part.unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in parts)
     return q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k), v
 

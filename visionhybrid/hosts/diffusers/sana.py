@@ -15,7 +15,7 @@ from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import Tensor, nn
 
 from visionhybrid.hosts.diffusers.arguments import argument
-from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair, does_more
+from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair, does_more, layers_of
 from visionhybrid.hosts.layers import Layer
 
 __all__ = ["FAMILIES", "SanaMixerProcessor"]
@@ -41,7 +41,7 @@ class SanaMixerProcessor:
         mixer, name, x = attn.mixer, attn.mixer.about.name, hidden_states
         if attention_mask is not None or encoder_hidden_states is not None:
             raise ValueError(f"{name}: mixes an image with itself, got a mask or encoder_hidden_states")
-        x_q, x_k = mixer.hidden(x) if hasattr(mixer, "hidden") else (x, x)
+        x_q, x_k = mixer.hidden(x)
         q, k, v = attn.to_q(x_q), attn.to_k(x_k), attn.to_v(x)
         q = q if attn.norm_q is None else attn.norm_q(q)  # over all heads at once
         k = k if attn.norm_k is None else attn.norm_k(k)
@@ -56,23 +56,12 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
     config: Any = model.config
     size = size or as_pair(config.sample_size)
     grid = None if size is None else tuple(side // config.patch_size for side in size)
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, Attention):
-            found.append(
-                Layer(
-                    name=name,
-                    module=module,
-                    dim=module.query_dim,
-                    heads=module.heads,
-                    head_dim=module.inner_dim // module.heads,
-                    grid=grid,
-                    reason="cross attention: its keys are the text's"
-                    if module.is_cross_attention
-                    else does_more(module, PLAIN, "linear"),
-                )
-            )
-    return found
+
+    def facts(name: str, module: Any) -> dict[str, Any]:
+        cross = "cross attention: its keys are the text's" if module.is_cross_attention else None
+        return dict(grid=grid, reason=cross or does_more(module, PLAIN, "linear"))
+
+    return layers_of(model, Attention, facts)
 
 
 def _hooks(model: nn.Module, names: set[str]) -> list[Any]:

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from visionhybrid.hosts.diffusers.arguments import Call, added, argument, drop
-from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair, does_more
+from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair, does_more, hook_others, layers_of
 from visionhybrid.hosts.diffusers.joint import JointProcessor
 from visionhybrid.hosts.layers import Layer
 
@@ -28,30 +28,16 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
     config: Any = model.config
     size = size or as_pair(config.sample_size)
     grid = None if size is None else tuple(side // config.patch_size for side in size)
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, Attention):
-            found.append(
-                Layer(
-                    name=name,
-                    module=module,
-                    dim=module.query_dim,
-                    heads=module.heads,
-                    head_dim=module.inner_dim // module.heads,
-                    grid=grid,
-                    joint=module.added_kv_proj_dim is not None,
-                    reason=does_more(module, PLAIN),
-                )
-            )
-    return found
+
+    def facts(name: str, module: Any) -> dict[str, Any]:
+        return dict(grid=grid, joint=module.added_kv_proj_dim is not None, reason=does_more(module, PLAIN))
+
+    return layers_of(model, Attention, facts)
 
 
 def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
-    handles = [model.register_forward_pre_hook(_tell, with_kwargs=True)]
-    for name, module in model.named_modules():
-        if isinstance(module, Attention) and name not in names:
-            handles.append(module.register_forward_pre_hook(drop, with_kwargs=True))
-    return handles
+    told = model.register_forward_pre_hook(_tell, with_kwargs=True)
+    return [told, *hook_others(model, Attention, names, drop)]
 
 
 def _tell(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

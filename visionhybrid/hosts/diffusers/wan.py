@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
 
 from visionhybrid.hosts.diffusers.arguments import Call, argument
-from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more
+from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more, hook_others, layers_of
 from visionhybrid.hosts.layers import Layer
 
 __all__ = ["FAMILIES", "WanMixerProcessor"]
@@ -49,13 +49,11 @@ class WanMixerProcessor:
         if mixer.about.grids and not sides:
             raise ValueError(f"{name}: needs (T, H, W) of {x.shape[1]} tokens, which this model did not tell")
 
-        if hasattr(mixer, "hidden"):  # q and k come of other states than v
-            x_q, x_k = mixer.hidden(x)
-            q, k, v = attn.to_q(x_q), attn.to_k(x_k), attn.to_v(x)
-        elif attn.fused_projections:
+        x_q, x_k = mixer.hidden(x)
+        if attn.fused_projections and x_q is x_k is x:
             q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
         else:
-            q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+            q, k, v = attn.to_q(x_q), attn.to_k(x_k), attn.to_v(x)
         q, k = attn.norm_q(q), attn.norm_k(k)  # over all heads at once
         q, k, v = (y.unflatten(2, (attn.heads, -1)) for y in (q, k, v))  # (B, N, heads, D)
         if rotary:
@@ -78,32 +76,18 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
     if size is not None and len(size) != 3:
         raise ValueError(f"attach: sample_size of a video model is (frames, height, width), got {size}")
     grid = None if size is None else tuple(n // p for n, p in zip(size, config.patch_size, strict=True))
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, WanAttention):
-            found.append(
-                Layer(
-                    name=name,
-                    module=module,
-                    dim=module.to_q.in_features,
-                    heads=module.heads,
-                    head_dim=module.inner_dim // module.heads,
-                    grid=None if module.is_cross_attention else grid,
-                    axes=3,
-                    reason="cross attention: its keys are the text's"
-                    if module.is_cross_attention
-                    else does_more(module, PLAIN),
-                )
-            )
-    return found
+
+    def facts(name: str, module: Any) -> dict[str, Any]:
+        if module.is_cross_attention:
+            return dict(axes=3, reason="cross attention: its keys are the text's")
+        return dict(grid=grid, axes=3, reason=does_more(module, PLAIN))
+
+    return layers_of(model, WanAttention, facts)
 
 
 def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
-    handles = [model.get_submodule("rope").register_forward_hook(_add_sides, with_kwargs=True)]
-    for name, module in model.named_modules():
-        if isinstance(module, WanAttention) and name not in names:
-            handles.append(module.register_forward_pre_hook(_drop_sides, with_kwargs=True))
-    return handles
+    told = model.get_submodule("rope").register_forward_hook(_add_sides, with_kwargs=True)
+    return [told, *hook_others(model, WanAttention, names, _drop_sides)]
 
 
 def _add_sides(rope: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rotary: Any) -> tuple[Any, ...]:
