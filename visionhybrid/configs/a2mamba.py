@@ -5,9 +5,11 @@ Source: arXiv:2507.16624; LMMMEng/A2Mamba@a9ea14c (training script and README co
 ImageNet-1K is a folder with `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`: `data.root=/data/imagenet`. The global batch of 2048 is
 8 processes of 256; with fewer, `loop.micro_batch=256` accumulates to the same.
 
-Different here: no MESA, the authors' loss towards the average of the weights' own predictions, from epoch 75 on (weight 1, 1, 1.5
-and 2 for tiny to large); no batch norms over all processes; tables of relative positions, A, D and residual scales are not decayed
-(theirs are, against what their code marks). Checkpointing covers every block, not the first four of a stage.
+From epoch 75 on all but nano also learn what the average of their own weights says (MESA, arXiv:2205.14083); batch norms see all
+processes, which needs GPUs: `sync_batch_norm=false` elsewhere.
+
+Different here: tables of relative positions, A, D and residual scales are not decayed (theirs are, against what their code marks).
+Checkpointing covers every block, not the first four of a stage. Their average counts a mixer's table twice.
 The published numbers are the authors'; nobody has trained these recipes with this package, and the authors give no times.
 """
 
@@ -33,7 +35,7 @@ def a2mamba_tiny_in1k() -> Classification:
 
     accelerate launch --num_processes 8 -m visionhybrid.train a2mamba_tiny_in1k data.root=/data/imagenet
     """
-    return _in1k("tiny", ema_decay=0.99984)
+    return _in1k("tiny", mesa=1.0, ema_decay=0.99984)
 
 
 def a2mamba_small_in1k() -> Classification:
@@ -41,7 +43,7 @@ def a2mamba_small_in1k() -> Classification:
 
     accelerate launch --num_processes 8 -m visionhybrid.train a2mamba_small_in1k data.root=/data/imagenet
     """
-    return _in1k("small")
+    return _in1k("small", mesa=1.0)
 
 
 def a2mamba_base_in1k() -> Classification:
@@ -49,7 +51,7 @@ def a2mamba_base_in1k() -> Classification:
 
     accelerate launch --num_processes 8 -m visionhybrid.train a2mamba_base_in1k data.root=/data/imagenet
     """
-    return _in1k("base", warmup=20, crop=0.95, grad_checkpointing=True)
+    return _in1k("base", mesa=1.5, warmup=20, crop=0.95, grad_checkpointing=True)
 
 
 def a2mamba_large_in1k() -> Classification:
@@ -57,7 +59,7 @@ def a2mamba_large_in1k() -> Classification:
 
     accelerate launch --num_processes 8 -m visionhybrid.train a2mamba_large_in1k data.root=/data/imagenet
     """
-    return _in1k("large", warmup=20, crop=0.975, grad_checkpointing=True)
+    return _in1k("large", mesa=2.0, warmup=20, crop=0.975, grad_checkpointing=True)
 
 
 def a2mamba_digits() -> Classification:
@@ -93,6 +95,7 @@ def _in1k(
     size: str,
     *,
     lr: float = 2e-3,  # but for nano 1e-3 * batch / 1024
+    mesa: float = 0.0,
     warmup: int = 5,
     ema_decay: float | None = 0.9999,
     crop: float = 0.9,
@@ -114,4 +117,7 @@ def _in1k(
         ),
         data=imagenet.IMAGES,
         augment=replace(imagenet.AUGMENT, interpolation="random", crop=crop),
+        mesa=mesa,
+        mesa_start=75 if mesa else 0,
+        sync_batch_norm=True,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from visionhybrid.data.classification import LabelledImages, Mix, open_source
 from visionhybrid.data.errors import CorruptSample
 from visionhybrid.train import start
-from visionhybrid.train.config import Classification
+from visionhybrid.train.config import Classification, ConfigError
 from visionhybrid.train.sampler import Sample, stack
 from visionhybrid.train.task import share
 
@@ -42,6 +43,8 @@ class Classify(start.Released):
         self.train_set = LabelledImages(train, self._transform(True), self.mode)
         self.held_out = LabelledImages(held_out, self._transform(False), self.mode)
         self.mix = self._mix()
+        if config.mesa and config.loop.ema_decay is None:
+            raise ConfigError("mesa: needs averaged weights, set loop.ema_decay")
         self.notes: list[str] = []
 
     def _transform(self, training: bool) -> Any:
@@ -82,16 +85,21 @@ class Classify(start.Released):
         )
 
     def parts(self) -> dict[str, nn.Module]:
-        model = self.config.model
-        return {
-            "model": start.create(
-                model, self.notes, num_classes=self.config.data.num_classes, in_chans=len(self.mode)
-            )
-        }
+        classes, channels = self.config.data.num_classes, len(self.mode)
+        net = start.create(self.config.model, self.notes, num_classes=classes, in_chans=channels)
+        return {"model": start.synchronised(net) if self.config.sync_batch_norm else net}
 
     def collate(self, samples: list[Sample], seed: int) -> Sample:
         batch = stack(samples)
         return batch if self.mix is None else self.mix(batch, seed)
+
+    def consult(
+        self, averaged: Callable[[], AbstractContextManager[nn.Module]], batch: Sample, epoch: float
+    ) -> Sample:
+        if not self.config.mesa or epoch < self.config.mesa_start:
+            return batch
+        with averaged() as model, torch.no_grad():
+            return {**batch, "averaged": model(batch["image"]).float().softmax(1)}
 
     def loss(
         self, part: str, parts: Mapping[str, nn.Module], batch: Sample
@@ -101,7 +109,11 @@ class Classify(start.Released):
         smoothing = self.config.augment.smoothing if label.ndim == 1 else 0.0
         loss = F.cross_entropy(logits.float(), label, label_smoothing=smoothing)
         truth = label if label.ndim == 1 else label.argmax(1)
-        return loss, {"top1": 100 * (logits.argmax(1) == truth).float().mean()}
+        logs = {"top1": 100 * (logits.argmax(1) == truth).float().mean()}
+        if "averaged" in batch:
+            logs["mesa"] = F.cross_entropy(logits.float(), batch["averaged"])
+            loss = loss + self.config.mesa * logs["mesa"]
+        return loss, logs
 
     def validate(
         self, model: nn.Module, accelerator: Accelerator, limit: int | None = None

@@ -195,6 +195,8 @@ class Trainer:
             piece = {
                 name: self._to_device(value[first : first + self.micro]) for name, value in tensors.items()
             }
+            if part is self.main and self.ema is not None and isinstance(self.task, task.Consulting):
+                piece = self.task.consult(self.evaluating, piece, self.step / self.steps_per_epoch)
             weight = min(self.micro, count - first) / count
             place = (self.step, number, self.accelerator.process_index)
             seed_all(mix(loop.seed, "step", part.name, self.position.order, *place))

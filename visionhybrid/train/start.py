@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from accelerate import PartialState
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 import visionhybrid.models  # noqa: F401 - registers the vh_ names
@@ -39,6 +41,21 @@ def create(model: Model, notes: list[str], **given: Any) -> nn.Module:
             )
         notes.append(f"started from {model.start}: {done}")
     return net
+
+
+def synchronised(net: nn.Module) -> nn.Module:
+    """`net` with batch norms over all processes; with one process `net` as it is.
+
+    Raises: ConfigError: torch has none on this device.
+    """
+    here = PartialState()
+    if here.num_processes == 1:
+        return net
+    if here.device.type in ("cpu", "mps"):
+        raise ConfigError(
+            f"sync_batch_norm: torch has no batch norm over processes on {here.device.type}; set it to false"
+        )
+    return convert_sync_batchnorm(net)
 
 
 class Released:

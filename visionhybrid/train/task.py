@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -60,6 +61,17 @@ class Task(Protocol):
 
     def open(self, path: str | Path) -> nn.Module:
         """A released first part, or whatever else a user may have for it, in eval mode."""
+        ...
+
+
+@runtime_checkable
+class Consulting(Protocol):
+    """A task whose loss also depends on what the averaged weights say. Only asked in runs that average."""
+
+    def consult(
+        self, averaged: Callable[[], AbstractContextManager[nn.Module]], batch: Sample, epoch: float
+    ) -> Sample:
+        """`batch` with what the loss needs of them; `with averaged() as model` is the first part with them, in eval mode."""
         ...
 
 
