@@ -15,6 +15,6 @@ from visionhybrid.cli import (
     models as models,
     kernels as kernels,
     diagnosis as diagnosis,
-)  # isort: skip
+)
 
 __all__ = ["app", "main"]

@@ -43,9 +43,9 @@ def arguments(
 ) -> tuple[Any, ...]:
     """The checked, complete arguments that every backend takes."""
     op = "neighborhood_attention"
-    q, k, v, *extra = autocast(q, k, v, *(extra or (None, None)))
+    q, k, v, *extras = autocast(q, k, v, *(extra or (None, None)))
     n = _check(op, q=q, k=k, v=v)
-    _check_extra(op, q, v, *extra)
+    _check_extra(op, q, v, *extras)
     kernel, dil = _sizes(op, "kernel_size", kernel_size, n), _sizes(op, "dilation", dilation, n)
     steps = _sizes(op, "stride", stride, n)
     flags = [int(c) for c in ([causal] * n if isinstance(causal, bool) else causal)]
@@ -55,7 +55,7 @@ def arguments(
         raise ValueError(f"{op}: stride must not exceed kernel_size {kernel}, got {steps}")
     _check_rpb(op, rpb, q, kernel)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return q, k, v, rpb, *extra, kernel, dil, steps, flags, scale
+    return q, k, v, rpb, *extras, kernel, dil, steps, flags, scale
 
 
 def neighborhood_attention(
