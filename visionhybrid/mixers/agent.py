@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from visionhybrid.mixers import merging
 from visionhybrid.mixers.base import Cost, Mixer, attention_cost, per_axis, text_rows
 from visionhybrid.mixers.registry import register
+from visionhybrid.mixers.sharding import Shards, in_heads
 
 
 def agent_attention(
@@ -41,7 +42,8 @@ def agent_attention(
         own: values of the queries' own tokens (B, heads, n, D), default v.
         scale: default D ** -0.5.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = float(q.shape[-1]) ** -0.5
     if 2 * agents.shape[2] >= q.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     summary = F.scaled_dot_product_attention(agents, k, v, scale=scale)
@@ -128,6 +130,16 @@ class Agent(Mixer):
         )
         out = merged.unmerge(out)
         return torch.cat([text_rows(q, k, v, text_tokens, self.scale), out], 2) if text_tokens else out
+
+    def sharded(
+        self, q: Tensor, k: Tensor, v: Tensor, *, shards: Shards, metric: Tensor | None = None
+    ) -> Tensor:
+        """Whole in this rank's heads; what ranks the tokens is gathered."""
+        if metric is None:
+            metric = shards.parts(k)[1].transpose(1, 2).flatten(2)
+        if metric.shape[1] != prod(shards.grid):
+            metric = shards.image(metric[:, None])[:, 0]
+        return in_heads(self, q, k, v, shards=shards, metric=metric)
 
     def cost(self, *, grid: Sequence[int], text_tokens: int = 0, bytes_per: int = 2) -> Cost:
         image = prod(grid)

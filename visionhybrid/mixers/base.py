@@ -6,10 +6,13 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from visionhybrid.mixers.sharding import Shards
 
 __all__ = [
     "About",
@@ -105,6 +108,10 @@ class Mixer(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, *, grid: Sequence[int], text_tokens: int = 0
     ) -> Tensor:
         raise NotImplementedError
+
+    def sharded(self, q: Tensor, k: Tensor, v: Tensor, *, shards: Shards) -> Tensor:
+        """`forward` where ranks share a sequence: what it gives for this rank's tokens, (B, heads, n, D); see `sharding.py`."""
+        raise ValueError(f"{self.about.name}: knows one process, its sequence cannot be shared by ranks")
 
     def cost(self, *, grid: Sequence[int], text_tokens: int = 0, bytes_per: int = 2) -> Cost:
         """Of `forward` (and `hidden`) on one sample, as a function of length.

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from visionhybrid.kernels.neighborhood_attention import neighborhood_attention
-from visionhybrid.mixers.base import Cost, Halo, Mixer, local_cost, text_rows
+from visionhybrid.mixers.base import Cost, Halo, local_cost
+from visionhybrid.mixers.local import Local
 from visionhybrid.mixers.registry import register
 
 
@@ -34,7 +35,7 @@ from visionhybrid.mixers.registry import register
     parameters=False,
     training_free=False,
 )
-class Clear(Mixer):
+class Clear(Local):
     """Softmax over {text} + {image keys nearer than `radius`} + {pooled keys} for image queries, over {text, image} for text.
 
     Args:
@@ -63,27 +64,23 @@ class Clear(Mixer):
         self.radius, self.down, self.trained_tokens = radius, down, trained_tokens
         self.spatial_weight = nn.Parameter(torch.full((down, down), down**-2.0)) if down > 1 else None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, grid: Sequence[int], text_tokens: int = 0
+    def image(
+        self, q: Tensor, k: Tensor, v: Tensor, text: tuple[Tensor, Tensor], *, scale: float | None
     ) -> Tensor:
-        self.check(q, k, v, grid, text_tokens)
-        scale = self._scale(q.shape[2])
-        maps = [x[:, :, text_tokens:].unflatten(2, tuple(grid)) for x in (q, k, v)]
-        extra = [x[:, :, :text_tokens] for x in (k, v)]
+        axes = q.ndim - 3
         if self.spatial_weight is not None:
-            extra = [torch.cat([x, self._pool(m)], 2) for x, m in zip(extra, maps[1:], strict=True)]
-        image = neighborhood_attention(
-            *maps,
+            text = torch.cat([text[0], self._pool(k)], 2), torch.cat([text[1], self._pool(v)], 2)
+        return neighborhood_attention(
+            q,
+            k,
+            v,
             kernel_size=2 * ceil(self.radius) - 1,
-            rpb=self._disc(len(grid), q.device).expand(q.shape[1], *[-1] * len(grid)),
-            extra=tuple(extra) if extra[0].shape[2] else None,
+            rpb=self._disc(axes, q.device).expand(q.shape[1], *[-1] * axes),
+            extra=text if text[0].shape[2] else None,
             scale=scale,
         ).flatten(2, -2)
-        if not text_tokens:
-            return image
-        return torch.cat([text_rows(q, k, v, text_tokens, scale), image], 2)
 
-    def _scale(self, tokens: int) -> float | None:
+    def logit_scale(self, tokens: int) -> float | None:
         if self.trained_tokens is None:
             return self.scale
         length = tokens * (10 if self.down > 1 else 1)

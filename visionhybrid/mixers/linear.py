@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from visionhybrid.kernels.linear_attention import FEATURE_MAPS, NORMS, linear_attention
-from visionhybrid.mixers.base import Cost, Mixer, linear_cost
+from visionhybrid.mixers.base import Cost, Halo, Mixer, linear_cost
 from visionhybrid.mixers.registry import register
+from visionhybrid.mixers.sharding import Shards
 
 
 @register(
@@ -39,8 +40,6 @@ class Linear(Mixer):
         norm: "sana" sums, "fbla" averages over keys, "none" does not divide. eps: instead of the norm's own.
         conv: side of a depthwise convolution of v on the grid (LiT: 5), frame by frame; 0 is none. Text takes no part in it.
     """
-
-    group: ProcessGroup | None = None  # ranks that share the sequence; set by a host
 
     def __init__(
         self,
@@ -73,26 +72,34 @@ class Linear(Mixer):
         key_mask: Tensor | None = None,
     ) -> Tensor:
         self.check(q, k, v, grid, text_tokens)
-        if self.conv is not None and self.group is not None:
-            raise ValueError(
-                "linear: with a convolution the sequence cannot be shared by ranks, conv must be 0"
-            )
-        out = linear_attention(
-            q,
-            k,
-            v,
-            feature_map=self.feature_map,
-            norm=self.norm,
-            eps=self.eps,
-            key_mask=key_mask,
-            group=self.group,
-        )
+        out = self._attend(q, k, v, key_mask)
         if self.conv is None:
             return out
         if key_mask is not None:
             v = v.masked_fill(~key_mask[:, None, :, None], 0)
         text, image = out.tensor_split([text_tokens], dim=2)
         return torch.cat([text, image + self.conv(v[:, :, text_tokens:], grid)], 2)
+
+    def sharded(
+        self, q: Tensor, k: Tensor, v: Tensor, *, shards: Shards, key_mask: Tensor | None = None
+    ) -> Tensor:
+        own = None if key_mask is None else shards.own(key_mask)
+        out = self._attend(q, k, v, own, shards.group)
+        if self.conv is None:
+            return out
+        if own is not None:
+            v = v.masked_fill(~own[:, None, :, None], 0)
+        (text, image), grid = shards.parts(out), shards.grid
+        reach = self.conv.kernel_size[0] // 2 if len(grid) == 2 else 0  # along frames it has none
+        around, mine = shards.around(shards.parts(v)[1], Halo(reach))
+        rows = around.shape[2] // prod(grid[1:])
+        return torch.cat([text, image + self.conv(around, (rows, *grid[1:]))[:, :, mine]], 2)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, group: ProcessGroup | None = None
+    ) -> Tensor:
+        options = dict(feature_map=self.feature_map, norm=self.norm, eps=self.eps)
+        return linear_attention(q, k, v, key_mask=key_mask, group=group, **options)
 
     def cost(self, *, grid: Sequence[int], text_tokens: int = 0, bytes_per: int = 2) -> Cost:
         tokens = text_tokens + prod(grid)

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from math import prod
 
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from visionhybrid.kernels.linear_attention import linear_attention
 from visionhybrid.mixers.base import Cost, Mixer, linear_cost
 from visionhybrid.mixers.registry import register
+from visionhybrid.mixers.sharding import Shards
 
 
 @register(
@@ -41,8 +41,6 @@ class LinFusion(Mixer):
         zero_init: start the last layer of both networks at zero, so that q and k begin as the pretrained model's. The
             authors draw them as PyTorch does.
     """
-
-    group: ProcessGroup | None = None  # ranks that share the sequence; set by a host
 
     def __init__(
         self,
@@ -78,7 +76,13 @@ class LinFusion(Mixer):
         self.check(q, k, v, grid, text_tokens)
         # The authors divide S by the number of queries, z by that of keys; it shows where the two differ.
         scale = k.shape[2] / q.shape[2]
-        return linear_attention(q, k, v, norm="linfusion", scale=scale, key_mask=key_mask, group=self.group)
+        return linear_attention(q, k, v, norm="linfusion", scale=scale, key_mask=key_mask)
+
+    def sharded(
+        self, q: Tensor, k: Tensor, v: Tensor, *, shards: Shards, key_mask: Tensor | None = None
+    ) -> Tensor:
+        own = None if key_mask is None else shards.own(key_mask)
+        return linear_attention(q, k, v, norm="linfusion", key_mask=own, group=shards.group)
 
     def cost(self, *, grid: Sequence[int], text_tokens: int = 0, bytes_per: int = 2) -> Cost:
         tokens = text_tokens + prod(grid)

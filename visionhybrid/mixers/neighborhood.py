@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-import torch
 from torch import Tensor
 
 from visionhybrid.kernels.neighborhood_attention import neighborhood_attention
-from visionhybrid.mixers.base import Cost, Halo, Mixer, local_cost, per_axis, text_rows
+from visionhybrid.mixers.base import Cost, Halo, local_cost, per_axis
+from visionhybrid.mixers.local import Local
 from visionhybrid.mixers.registry import register
 
 
@@ -32,7 +32,7 @@ from visionhybrid.mixers.registry import register
     parameters=False,
     training_free=True,
 )
-class Neighborhood(Mixer):
+class Neighborhood(Local):
     """out[x] = softmax over the keys of x's window (and the text).
 
     Args (each one value, or one for each axis of the grid):
@@ -65,17 +65,11 @@ class Neighborhood(Mixer):
         given["kernel_size"] = [side if size is None else size for size, side in sizes]
         return given
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, grid: Sequence[int], text_tokens: int = 0
+    def image(
+        self, q: Tensor, k: Tensor, v: Tensor, text: tuple[Tensor, Tensor], *, scale: float | None
     ) -> Tensor:
-        self.check(q, k, v, grid, text_tokens)
-        maps = [x[:, :, text_tokens:].unflatten(2, tuple(grid)) for x in (q, k, v)]
-        extra = (k[:, :, :text_tokens], v[:, :, :text_tokens]) if text_tokens else None
-        image = neighborhood_attention(*maps, extra=extra, scale=self.scale, **self._windows(grid))
-        image = image.flatten(2, -2)
-        if not text_tokens:
-            return image
-        return torch.cat([text_rows(q, k, v, text_tokens, self.scale), image], 2)
+        extra, windows = text if text[0].shape[2] else None, self._windows(q.shape[2:-1])
+        return neighborhood_attention(q, k, v, extra=extra, scale=scale, **windows).flatten(2, -2)
 
     def halo(self, grid: Sequence[int]) -> Halo:
         size, stride, dilation, _ = (values[0] for values in self._windows(grid).values())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from visionhybrid.kernels.sparse_linear_attention import block_scores, classify, sparse_linear_attention
 from visionhybrid.mixers.base import Cost, Mixer, linear_cost, local_cost
 from visionhybrid.mixers.registry import register
+from visionhybrid.mixers.sharding import Shards, in_heads
 
 VERSIONS = ("main", "v1", "paper")
 
@@ -134,6 +136,9 @@ class SparseLinear(Mixer):
             scale=self.scale,
         )
         return both.sparse + self.proj_l(both.linear)
+
+    def sharded(self, q: Tensor, k: Tensor, v: Tensor, *, shards: Shards, **extra: Any) -> Tensor:
+        return in_heads(self, q, k, v, shards=shards, **extra)
 
     def cost(self, *, grid: Sequence[int], text_tokens: int = 0, bytes_per: int = 2) -> Cost:
         image = prod(grid)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visionhybrid.mixers.base import Cost, Halo, Mixer, local_cost, per_axis, text_rows
+from visionhybrid.mixers.base import Cost, Halo, local_cost, per_axis
+from visionhybrid.mixers.local import Local
 from visionhybrid.mixers.registry import register
 
 # Elements of gathered keys alive at a time where no gradient keeps them: 4 MB in float32. Shifted windows of 8 with 512 text
@@ -39,7 +40,7 @@ BUDGET_GPU = 2**27
     parameters=False,
     training_free=True,
 )
-class Window(Mixer):
+class Window(Local):
     """Softmax over the keys of each query's window (and the text).
 
     Args (each one value, or one for each axis of the grid):
@@ -79,34 +80,28 @@ class Window(Mixer):
             axes.append(Axis(side, window, before, int(overlap * window)))
         return axes
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, grid: Sequence[int], text_tokens: int = 0
+    def image(
+        self, q: Tensor, k: Tensor, v: Tensor, text: tuple[Tensor, Tensor], *, scale: float | None
     ) -> Tensor:
-        self.check(q, k, v, grid, text_tokens)
-        axes = self.axes(grid)
-        text_k, text_v = k[:, :, :text_tokens], v[:, :, :text_tokens]
-        q_map, k_map, v_map = (x[:, :, text_tokens:].unflatten(2, tuple(grid)) for x in (q, k, v))
+        axes, text_tokens = self.axes(q.shape[2:-1]), text[0].shape[2]
         keys = text_tokens + prod([axis.keys for axis in axes])
-        row = keys * prod(q.shape[:2]) * q.shape[3] * prod([axis.count for axis in axes[1:]])
+        row = keys * prod(q.shape[:2]) * q.shape[-1] * prod([axis.count for axis in axes[1:]])
         rows = max(1, (BUDGET if q.device.type == "cpu" else BUDGET_GPU) // row)
         parts = []
         for start in range(0, axes[0].count, rows):
             chunk = slice(start, start + rows)
             out = F.scaled_dot_product_attention(
-                _cut(q_map, axes, "queries", chunk),
-                _beside(text_k, _cut(k_map, axes, "seen", chunk)),
-                _beside(text_v, _cut(v_map, axes, "seen", chunk)),
+                _cut(q, axes, "queries", chunk),
+                _beside(text[0], _cut(k, axes, "seen", chunk)),
+                _beside(text[1], _cut(v, axes, "seen", chunk)),
                 attn_mask=_mask(axes, chunk, text_tokens, q.device),
-                scale=self.scale,
+                scale=scale,
             )
             parts.append(_join(out.unflatten(0, q.shape[:2]), axes))
         image = torch.cat(parts, 2)
         for i, axis in enumerate(axes):
             image = image.narrow(2 + i, axis.before, axis.side)
-        image = image.flatten(2, -2)
-        if not text_tokens:
-            return image
-        return torch.cat([text_rows(q, k, v, text_tokens, self.scale), image], 2)
+        return image.flatten(2, -2)
 
     def halo(self, grid: Sequence[int]) -> Halo:
         first = self.axes(grid)[0]
