@@ -221,6 +221,21 @@ def test_pretrained_says_what_to_fetch(monkeypatch, tmp_path):
         torch.testing.assert_close(again.forward_features(x), model.forward_features(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("size", [160, (64, 224)])
+def test_pretrained_for_another_image_size(size):
+    """What is resized once, for `img_size`, is what would be resized at every call."""
+    model = randomised(timm.create_model("vh_a2mamba_nano"))
+    given = dict(img_size=size, num_classes=3, pretrained_cfg_overlay=dict(state_dict=authors(model)))
+    again = timm.create_model("vh_a2mamba_nano", pretrained=True, **given).eval()
+    height, width = (size, size) if isinstance(size, int) else size
+    tokens = (height // 32) * (width // 32)
+    assert again.stages[3].blocks[0].mixer.bias.shape[-1] == tokens != 49
+    x = torch.randn(1, 3, height, width)
+    with torch.no_grad():
+        want = model.forward_features(x)
+        assert (again.forward_features(x) - want).norm() < 1e-5 * want.norm()
+
+
 # ---- sizes
 
 

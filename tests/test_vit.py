@@ -239,6 +239,23 @@ def test_folders_of_timm(name, tmp_path):
         assert torch.equal(again(x), model(x))
 
 
+@pytest.mark.parametrize("size", [64, (96, 160)])
+def test_pretrained_for_another_image_size(size):
+    """Positions resampled once, for `img_size`, are those that would be resampled at every call."""
+    kwargs = dict(depth=1, embed_dim=12, num_heads=2, reg_tokens=2)
+    model = timm.create_model("vh_vit_tiny_patch16_linfusion", **kwargs, img_size=(128, 64)).eval()
+    nn.init.normal_(model.pos_embed)
+    given = dict(
+        kwargs, pretrained_cfg_overlay=dict(state_dict=model.state_dict()), img_size=size, in_chans=1
+    )
+    again = timm.create_model("vh_vit_tiny_patch16_linfusion", pretrained=True, **given, num_classes=3).eval()
+    grey = torch.randn(1, 1, *((size, size) if isinstance(size, int) else size))
+    with torch.no_grad():
+        want = model.forward_features(grey.expand(-1, 3, -1, -1))
+        torch.testing.assert_close(again.forward_features(grey), want, rtol=1e-4, atol=1e-5)
+    assert again.pos_embed.shape[1] == 3 + again.patch_embed.num_patches
+
+
 def test_contradictions_are_told(tmp_path):
     model = make("vh_vit_tiny_patch16_linear")
     path = checkpoint.save(model, tmp_path / "vit.safetensors")

@@ -26,7 +26,8 @@ class System:
     """One published family: how to recognise, read and build it.
 
     `options(state, **given)` returns the keywords of `build`, read from keys and shapes, `given` by the user where no shape
-    shows them; it raises `ValueError` when that does not decide. `convert` renames any known key layout to ours.
+    shows them; it raises `ValueError` when that does not decide. `convert` renames any known key layout to ours; `adapt`, of
+    systems with tables for one image size, also resizes those to what a model needs (`pretrained=True`, but not `load`).
     """
 
     name: str
@@ -42,6 +43,7 @@ class System:
     aliases: Mapping[str, str] = field(
         default_factory=dict
     )  # authors' names of keywords -> ours, for `load(..., name=value)`
+    adapt: Callable[[State, nn.Module], dict[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ def _entry(
             partial(_build, system),
             name,
             pretrained,
-            pretrained_filter_fn=lambda state, model: dict(system.convert(state)),
+            pretrained_filter_fn=system.adapt or (lambda state, model: dict(system.convert(state))),
             feature_cfg=dict(feature_cfg),
             **{**options, **kwargs},
         )

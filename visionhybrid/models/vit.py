@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from visionhybrid.hosts.timm import mount
@@ -158,6 +159,20 @@ def options(state: State, **given: Any) -> dict[str, Any]:
     return {**{name: value for name, value in repeated.items() if name != "mixer_options"}, **seen}
 
 
+def checkpoint_filter_fn(state_dict: State, model: Any) -> dict[str, Tensor]:
+    """The weights with the table of positions of the model's `img_size`, resampled as timm does."""
+    state, made_with = dict(state_dict), from_bytes(state_dict[_FACTS])
+    size, patch = made_with["img_size"], made_with["patch_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    state["pos_embed"] = resample_abs_pos_embed(
+        state["pos_embed"],
+        new_size=list(model.patch_embed.grid_size),
+        old_size=[height // patch, width // patch],
+        num_prefix_tokens=model.num_prefix_tokens,
+    )
+    return state
+
+
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(embed_dim=192, num_heads=3),
     "small": dict(embed_dim=384, num_heads=6),
@@ -198,6 +213,7 @@ register(
         recognise=recognise,
         options=options,
         convert=dict,
+        adapt=checkpoint_filter_fn,
         paper="arXiv:2010.11929",
         source="huggingface/pytorch-image-models@v1.0.31",
         license="Apache-2.0",

@@ -90,6 +90,7 @@ register(
         recognise=recognise,
         options=options,
         convert=convert,
+        adapt=checkpoint_filter_fn,
         paper="arXiv:2507.16624",
         source="LMMMEng/A2Mamba@a9ea14c",
         license="none stated",

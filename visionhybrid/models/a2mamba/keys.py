@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionhybrid.models.checkpoint import rename
@@ -71,8 +72,16 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """`convert` under the name and signature that timm expects."""
-    return convert(state_dict)
+    """`convert` under the name that timm expects; the last stage's tables of biases become those of the model's `img_size`.
+
+    Resized as `GlobalMixer` does for a map of another size, so the model computes what the checkpoint's own would.
+    """
+    state, target = convert(state_dict), dict(model.named_parameters())
+    for key, table in state.items():
+        if key.endswith(".mixer.bias") and key in target and table.shape != target[key].shape:
+            size = target[key].shape[-2:]
+            state[key] = F.interpolate(table.float(), size=size, mode="bicubic").to(table.dtype)
+    return state
 
 
 def recognise(state: Mapping[str, Tensor]) -> bool:
