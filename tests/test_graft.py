@@ -9,10 +9,21 @@ from typer.testing import CliRunner
 import visionhybrid
 from visionhybrid.cli import app
 from visionhybrid.diffusion import HybridDiT, HybridDiTPipeline
-from visionhybrid.train import find, override, run
-from visionhybrid.train.config import ConfigError
-from visionhybrid.train.graft import GraftTask, changed
+from visionhybrid.train import find, override, run, validate
+from visionhybrid.train.config import (
+    Augment,
+    Classification,
+    ConfigError,
+    GraftClassifier,
+    Images,
+    Loop,
+    Model,
+    Optim,
+    Phase,
+)
 from visionhybrid.train.grafting import graft
+from visionhybrid.train.grafts import GraftClassifier as GraftClassifierTask
+from visionhybrid.train.grafts import GraftGenerator
 
 TINY = [
     "loop.batch_size=16",
@@ -58,12 +69,12 @@ def test_a_graft_learns_and_is_released(mixer, teacher, tmp_path):
 
 
 def test_only_the_new_attention_is_trained(teacher):
-    task = GraftTask(recipe(teacher, "layers=blocks.1"))
+    task = GraftGenerator(recipe(teacher, "layers=blocks.1"))
     net = task.parts()["model"]
     trained = {name for name, p in net.named_parameters() if p.requires_grad}
     assert trained == {f"student.blocks.1.attn.{n}" for n, _ in net.student.blocks[1].attn.named_parameters()}
     assert not any(name.startswith("_teacher") for name in net.state_dict())
-    everything = GraftTask(recipe(teacher, "train=all")).parts()["model"]
+    everything = GraftGenerator(recipe(teacher, "train=all")).parts()["model"]
     assert all(p.requires_grad for p in everything.parameters())
 
 
@@ -116,8 +127,72 @@ def test_what_cannot_be_grafted(word, message, teacher, tmp_path):
 
 
 def test_the_changed_layers_are_told_by_mixer_and_options(teacher):
-    ours = HybridDiT.from_pretrained(teacher / "pipeline" / "transformer")
-    other = HybridDiT.from_pretrained(teacher / "pipeline" / "transformer")
-    assert changed(ours, other) == []
-    visionhybrid.attach(ours, "linfusion", layers="blocks.0")
-    assert changed(ours, other) == ["blocks.0.attn"]
+    task = GraftGenerator(recipe(teacher))
+    student = task.plain()
+    assert task.changed(student) == []
+    visionhybrid.attach(student, "linfusion", layers="blocks.0")
+    assert task.changed(student) == ["blocks.0.attn"]
+
+
+# ---- a classifier of timm
+
+
+def classifier(*words):
+    """A vision transformer of two blocks for the digits."""
+    options = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    config = GraftClassifier(
+        name="vit_digits",
+        model=Model(name="vit_tiny_patch16_224", options=options),
+        optim=Optim(lr=1e-3),
+        loop=Loop(batch_size=16, steps=1, workers=0, log_every=1, tensorboard=False),
+        data=Images(dataset="digits", num_classes=10, image_size=32),
+        augment=Augment(mean=(0.5,), std=(0.5,), flip=0.0, scale=(0.9, 1.0), crop=1.0),
+        mixer="linear",
+        alone=Phase(steps=12, lr=1e-2),
+        whole=Phase(steps=2, lr=1e-3),
+    )
+    return override(config, words)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Trained a little by the task that trains classifiers."""
+    config = classifier()
+    own = {name: getattr(config, name) for name in ("model", "optim", "loop", "data", "augment")}
+    folder = tmp_path_factory.mktemp("vit")
+    run(Classification(name="vit_digits", **own), folder, progress=False)
+    return folder / "model.safetensors"
+
+
+def test_a_transformer_of_timm_learns_to_imitate_itself(weights, tmp_path):
+    report = graft(classifier(f"teacher={weights}", "layers=blocks.1"), tmp_path, progress=False)
+    (layer,) = report.layers
+    assert (layer.name, layer.mixer) == ("blocks.1.attn", "linear")
+    assert report.student.keys() == {"top1", "top5", "loss", "distance"}
+    lines = [json.loads(line) for line in (tmp_path / "alone" / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    # what was released opens again, with its mixer
+    config = classifier(f"teacher={weights}")
+    student = GraftClassifierTask(config).open(tmp_path / "whole")
+    assert [row.mixer for row in visionhybrid.describe(student).rows] == [None, "linear"]
+    assert validate(student, config, progress=False)["loss"] == pytest.approx(
+        report.student["loss"], rel=1e-5
+    )
+
+
+def test_what_no_classifier_can_be_grafted_from(weights, tmp_path):
+    with pytest.raises(ConfigError, match="name the weights to imitate"):
+        graft(classifier(), tmp_path, progress=False)
+    task = GraftClassifierTask(classifier(f"teacher={weights}"))
+    with pytest.raises(ConfigError, match=r"other\.safetensors does not fit"):
+        task.open(_other(tmp_path))
+    with pytest.raises(ConfigError, match=r"no changed layer is called 'blocks\.7'"):
+        GraftClassifierTask(classifier(f"teacher={weights}", "features=blocks.7")).parts()
+
+
+def _other(folder):
+    from safetensors.torch import save_file
+
+    save_file({"stem.weight": torch.zeros(2)}, folder / "other.safetensors")
+    return folder / "other.safetensors"

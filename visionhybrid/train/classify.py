@@ -105,15 +105,18 @@ class Classify(start.Released):
         self, part: str, parts: Mapping[str, nn.Module], batch: Sample
     ) -> tuple[Tensor, dict[str, Tensor]]:
         logits, label = parts["model"](batch["image"]), batch["label"]
-        # mixed labels are distributions, already smoothed
-        smoothing = self.config.augment.smoothing if label.ndim == 1 else 0.0
-        loss = F.cross_entropy(logits.float(), label, label_smoothing=smoothing)
+        loss = self.cross_entropy(logits, label)
         truth = label if label.ndim == 1 else label.argmax(1)
         logs = {"top1": 100 * (logits.argmax(1) == truth).float().mean()}
         if "averaged" in batch:
             logs["mesa"] = F.cross_entropy(logits.float(), batch["averaged"])
             loss = loss + self.config.mesa * logs["mesa"]
         return loss, logs
+
+    def cross_entropy(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Mean over the batch. Labels are classes, or distributions where they are mixed: those are smoothed already."""
+        smoothing = self.config.augment.smoothing if label.ndim == 1 else 0.0
+        return F.cross_entropy(logits.float(), label, label_smoothing=smoothing)
 
     def validate(
         self, model: nn.Module, accelerator: Accelerator, limit: int | None = None

@@ -10,7 +10,7 @@ section 3 (the regression of single operators on the teacher's activations).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,9 +28,13 @@ class Imitation:
     """Mean squared distances to the teacher, float32 scalars. features: mean over the modules."""
 
     prediction: Tensor  # of the student
-    output: Tensor
+    wanted: Tensor  # of the teacher, float32
     features: Tensor
     each: dict[str, Tensor]  # module -> its share of `features`, detached
+
+    @property
+    def output(self) -> Tensor:
+        return F.mse_loss(self.prediction.float(), self.wanted)
 
 
 @contextmanager
@@ -58,8 +62,7 @@ def imitate(student: nn.Module, teacher: nn.Module, names: Sequence[str], inputs
         prediction = first(student(*args, **kwargs))
     each = {name: F.mse_loss(seen[name].float(), wanted[name].float()) for name in names}
     features = torch.stack([*each.values()]).mean() if each else prediction.new_zeros((), dtype=torch.float32)
-    distance = F.mse_loss(prediction.float(), target)
-    return Imitation(prediction, distance, features, {name: value.detach() for name, value in each.items()})
+    return Imitation(prediction, target, features, {name: value.detach() for name, value in each.items()})
 
 
 def regress(
@@ -110,6 +113,24 @@ def regress(
     return loss, each
 
 
+@contextmanager
+def substituted(teacher: nn.Module, student: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Inside, the teacher runs with the student's modules in the place of its own: they get what its own get."""
+
+    def instead(name: str, module: nn.Module, given: Any, keywords: Any, out: Any) -> Any:
+        return student.get_submodule(name)(*given, **keywords)
+
+    handles = [
+        teacher.get_submodule(name).register_forward_hook(partial(instead, name), with_kwargs=True)
+        for name in names
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _size(x: Tensor) -> Tensor:
     """Mean square of each row of a batch."""
     return x.square().flatten(1).mean(1)
@@ -117,9 +138,18 @@ def _size(x: Tensor) -> Tensor:
 
 def relative_error(student: nn.Module, teacher: nn.Module, inputs: Inputs) -> float:
     """|student - teacher|^2 / |teacher|^2 of the outputs."""
+    return distance(output(student, inputs), output(teacher, inputs))
+
+
+@torch.no_grad()
+def output(model: nn.Module, inputs: Inputs) -> Tensor:
+    """What `model` gives, float64."""
     args, kwargs = inputs
-    with torch.no_grad():
-        ours, theirs = (first(net(*args, **kwargs)).double() for net in (student, teacher))
+    return first(model(*args, **kwargs)).double()
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """|ours - theirs|^2 / |theirs|^2."""
     return float((ours - theirs).square().sum() / theirs.square().sum().clamp_min(1e-30))
 
 

@@ -1,128 +1,224 @@
-"""One phase of a graft: a generator with new mixers learns to imitate the one they were put into. See `grafting.graft`."""
+"""One phase of a graft: a model with new mixers learns to imitate the one they were put into. See `grafting.graft`.
+
+`Grafts` is what a graft adds to a task, whatever that trains; `grafts.py` has it for generators and for classifiers. How a model
+is fed and what its output should be is the task's business, an `Exercise`.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 import visionhybrid
-from visionhybrid.diffusion import HybridDiT
-from visionhybrid.train.config import ConfigError, Graft
-from visionhybrid.train.distill import imitate, regress, relative_error
-from visionhybrid.train.generate import Generate
+from visionhybrid import mixers
+from visionhybrid.train.config import ConfigError, Grafting
+from visionhybrid.train.distill import Inputs, imitate, regress, relative_error
 from visionhybrid.train.sampler import Sample
+
+# modules of an attention that a mixer stands between, in diffusers, timm and here
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out", "qkv", "proj")
+
+
+class Exercise(Protocol):
+    """What a model is asked about one batch."""
+
+    @property
+    def args(self) -> tuple[Any, ...]: ...
+
+    @property
+    def kwargs(self) -> dict[str, Any]: ...
+
+    def loss(self, output: Tensor) -> Tensor:
+        """How far an output is from what the data says: a scalar, the mean over the batch."""
+        ...
 
 
 class Grafted(nn.Module):
     """The student, run beside its teacher. The teacher is no part of it: not trained, not saved."""
 
-    def __init__(self, student: HybridDiT, teacher: HybridDiT, names: list[str]) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, names: list[str], features: list[str]) -> None:
         super().__init__()
-        self.student, self.names = student, names
-        self._teacher = [teacher.eval().requires_grad_(False)]
+        self.student, self.names, self.features = student, names, features
+        self._teacher = [teacher]
 
     def forward(self, *args: Any, phase: str = "tune", **kwargs: Any) -> Any:
         """The student's output, or what the losses of `phase` are made of; all by way of here, where DDP and FSDP watch."""
         if phase == "tune":
             return self.student(*args, **kwargs)
-        how = regress if phase == "alone" else imitate
-        return how(self.student, self.teacher(args[0].device), self.names, (args, kwargs))
+        device = next(self.student.parameters()).device
+        teacher = self._teacher[0].to(device)
+        if phase == "alone":
+            return regress(self.student, teacher, self.names, (args, kwargs))
+        return imitate(self.student, teacher, self.features, (args, kwargs))
 
-    def teacher(self, device: torch.device) -> HybridDiT:
-        return self._teacher[0].to(device)  # pyright: ignore[reportReturnType]
-
-    def enable_gradient_checkpointing(self) -> None:
-        self.student.enable_gradient_checkpointing()
-
-    # What a pipeline asks of its transformer.
-
-    @property
-    def config(self) -> Any:
-        return self.student.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.student.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.student.device
+    def __getattr__(self, name: str) -> Any:
+        """A pipeline asks much of its denoiser, the loop asks for checkpointing: all that is the student's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("student"), name)
 
 
-class GraftTask(Generate):
-    """See `task.Task`. Metrics beside those of `Generate`: distance, |student - teacher|^2 / |teacher|^2 on held-out images."""
+class Grafts:
+    """See `task.Task`: mixed into one, before it. Metrics beside its own: distance, |student - teacher|^2 / |teacher|^2 of the
+    outputs on held-out images.
 
-    def __init__(self, config: Graft) -> None:
+    The task has `exercise(batch)`, `held_out_inputs(device, count)`, `open`, and here `distances(output, wanted)`.
+    """
+
+    config: Any
+    notes: list[str]
+    teacher: nn.Module
+
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.graft = config
-        if not config.teacher:
-            raise ConfigError("teacher: name the generator to imitate, as in teacher=runs/hybrid_dit_digits")
-        self.teacher = self.open(config.teacher)
-        wanted = (self.config.channels, config.data.image_size, config.data.num_classes)
-        has = self.teacher.config
-        if wanted != (has.in_channels, has.sample_size, has.num_classes):
-            raise ConfigError(
-                f"teacher: made for (channels, size, classes) {(has.in_channels, has.sample_size, has.num_classes)}, "
-                f"the recipe's data has {wanted}"
-            )
+        self.graft: Grafting = config
+        self.teacher = self.open_teacher().eval().requires_grad_(False)
+        self.aware: set[str] = set()  # layers of the teacher that say the grid, see `tell`
+
+    def open_teacher(self) -> nn.Module:
+        raise NotImplementedError
+
+    def distances(self, output: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+        """Between outputs of student and teacher: name -> scalar; `Grafting` has a weight for each, `<name>_weight`."""
+        raise NotImplementedError
+
+    # -- the student -------------------------------------------------------------------------------------------------
+
+    def plain(self) -> nn.Module:
+        """A copy of the teacher as it was opened."""
+        found = copy.deepcopy(self.teacher)
+        if self.aware:
+            visionhybrid.detach(found)
+        return found
+
+    def new_student(self) -> nn.Module:
+        """The teacher's copy, before it gets other mixers."""
+        return self.plain()
 
     def parts(self) -> dict[str, nn.Module]:
         config = self.graft
-        if config.model.start:
-            student = self.open(config.model.start)
-            self.notes.append(f"started from {config.model.start}")
-        else:
-            student = copy.deepcopy(self.teacher)
-            visionhybrid.attach(
-                student, config.mixer, layers=list(config.layers) or None, **config.mixer_options
-            )
-        names = changed(student, self.teacher)
+        student = self.open(config.student) if config.student else self._grafted()
+        if config.student:
+            self.notes.append(f"started from {config.student}")
+        names = self.changed(student)
         if not names:
             raise ConfigError("nothing to train: no mixer of the student differs from the teacher's")
+        self.tell(names)
         student.requires_grad_(config.train == "all" and config.phase != "alone")
         for name in names:
-            student.get_submodule(name).requires_grad_(True)
-        return {"model": Grafted(student, self.teacher, names)}
+            for key, parameter in student.get_submodule(name).named_parameters():
+                own = key.split(".")[0]
+                parameter.requires_grad_(config.train != "projections" or own in (*PROJECTIONS, "mixer"))
+        return {"model": Grafted(student, self.teacher, names, self._features(names))}
+
+    def _grafted(self) -> nn.Module:
+        config, student = self.graft, self.new_student()
+        layers = list(config.layers) or None
+        visionhybrid.attach(student, config.mixer, layers=layers, **config.mixer_options)
+        if config.projections == "fresh":
+            for name in self.changed(student):
+                for part in PROJECTIONS:
+                    if hasattr(attention := student.get_submodule(name), part):
+                        _reset(attention.get_submodule(part))
+        return student
+
+    def _features(self, names: list[str]) -> list[str]:
+        """The layers whose outputs are compared."""
+        wanted = self.graft.features
+        if not self.graft.feature_weight:
+            return []
+        for pattern in wanted:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f"features: no changed layer is called {pattern!r}; there are {', '.join(names[:6])} ..."
+                )
+        return [name for name in names if not wanted or any(fnmatchcase(name, p) for p in wanted)]
+
+    def changed(self, student: nn.Module) -> list[str]:
+        """The attention whose mixer differs from the teacher's."""
+        ours, theirs = (visionhybrid.describe(net).rows for net in (student, self.teacher))
+        return [a.name for a, b in zip(ours, theirs, strict=True) if _kind(a) != _kind(b)]
+
+    def tell(self, names: list[str]) -> None:
+        """Let the teacher's own attention get the grid as the student's does: through a mixer that computes the same.
+
+        The student's attention is run on the teacher's inputs, and the sides of the grid are among them only where a mixer is.
+        """
+        rows = visionhybrid.describe(self.teacher).rows
+        silent = [row.name for row in rows if row.name in names and row.mixer is None]
+        if silent:
+            visionhybrid.attach(self.teacher, "softmax", layers=silent)
+            self.aware.update(silent)
+
+    def only(self, kept: set[str], student: nn.Module) -> nn.Module:
+        """A copy of the teacher with the student's attention in the layers `kept`."""
+        rows = [row for row in visionhybrid.describe(student).rows if row.name in kept]
+        heads = {row.name: (row.heads, row.head_dim) for row in visionhybrid.describe(self.teacher).rows}
+        if any((row.heads, row.head_dim) != heads[row.name] for row in rows):
+            raise ConfigError(
+                "budget: the student's attention has other heads than the teacher's; convert all of it"
+            )
+        mixed = self.plain()
+        visionhybrid.attach(mixed, {row.name: (row.mixer or "", row.options) for row in rows})
+        for row in rows:
+            state = student.get_submodule(row.name).state_dict()
+            mixed.get_submodule(row.name).load_state_dict(state, strict=True)
+        return mixed.eval()
+
+    # -- training ----------------------------------------------------------------------------------------------------
 
     def loss(
         self, part: str, parts: Mapping[str, nn.Module], batch: Sample
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config, net = self.graft, parts["model"]
-        asked = self.exercise(batch)
+        asked: Exercise = self.exercise(batch)
         found = net(*asked.args, **asked.kwargs, phase=config.phase)
         if config.phase == "alone":
             loss, each = found
             return loss, {f"error/{name}": value for name, value in each.items()}
         if config.phase == "tune":
-            return asked.loss(found[0]), {}
-        task = asked.loss(found.prediction)
-        logs = {"task": task, "output": found.output, "features": found.features}
-        total = (
-            config.task_weight * task
-            + config.output_weight * found.output
-            + config.feature_weight * found.features
-        )
-        return total, {name: value.detach() for name, value in logs.items()}
+            return asked.loss(found if isinstance(found, Tensor) else found[0]), {}
+        terms = {
+            "task": asked.loss(found.prediction),
+            **self.distances(found.prediction.float(), found.wanted),
+            "feature": found.features,
+        }
+        total = torch.stack(
+            [getattr(config, f"{name}_weight") * value for name, value in terms.items()]
+        ).sum()
+        return total, {name: value.detach() for name, value in terms.items()}
 
     def validate(
         self, model: nn.Module, accelerator: Accelerator, limit: int | None = None
     ) -> dict[str, float]:
         found = super().validate(model, accelerator, limit)
         teacher = self.teacher.to(accelerator.device)
-        inputs = self.held_out_inputs(accelerator.device)
-        return {**found, "distance": relative_error(model, teacher, inputs)}
+        return {**found, "distance": relative_error(model, teacher, self.inputs(accelerator.device))}
+
+    def inputs(self, device: torch.device) -> Inputs:
+        """Held-out images, always the same: as many as fit in one batch of the validation, and no more than 64."""
+        return self.held_out_inputs(device, min(64, self.config.eval_batch))
 
     def release(self, model: nn.Module, path: Path, facts: dict[str, Any]) -> None:
         super().release(model.student if isinstance(model, Grafted) else model, path, facts)
 
 
-def changed(student: HybridDiT, teacher: HybridDiT) -> list[str]:
-    """The attention whose mixer differs."""
-    ours, theirs = (visionhybrid.describe(net).rows for net in (student, teacher))
-    return [a.name for a, b in zip(ours, theirs, strict=True) if (a.mixer, a.options) != (b.mixer, b.options)]
+def _kind(row: Any) -> tuple[str, dict[str, Any]]:
+    """What mixes in a layer; a model's own attention is softmax."""
+    if row.mixer is None or row.mixer == "softmax":
+        return "softmax", {**mixers.about("softmax").options, **row.options}
+    return row.mixer, row.options
+
+
+def _reset(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            part.reset_parameters()

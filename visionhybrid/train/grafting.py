@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -15,11 +14,11 @@ import torch
 from torch import nn
 
 import visionhybrid
-from visionhybrid.diffusion import HybridDiT
-from visionhybrid.train import recipes, state
-from visionhybrid.train.config import ConfigError, Graft, check
-from visionhybrid.train.distill import Inputs, regress, relative_error
-from visionhybrid.train.graft import GraftTask, changed
+from visionhybrid.train import recipes, state, task
+from visionhybrid.train.config import Config, ConfigError, Grafting, check
+from visionhybrid.train.distill import Inputs, distance, output, regress, substituted
+from visionhybrid.train.graft import Grafts
+from visionhybrid.train.loop import make_accelerator
 from visionhybrid.train.session import run, validate
 
 PHASES = ("alone", "whole", "tune")
@@ -48,43 +47,43 @@ class GraftReport:
     seconds: float
 
 
-def graft(config: Graft | str, out: str | Path, *, progress: bool = True) -> GraftReport:
+def graft(config: Config | str, out: str | Path, *, progress: bool = True) -> GraftReport:
     """Run the phases of `config` in `out`/alone, /whole and /tune; the same call continues where it was stopped.
 
-    Writes `out`/report.json and report.md. The grafted pipeline is that of the last phase (`weights`).
+    Writes `out`/report.json and report.md. The grafted model is that of the last phase (`weights`).
 
     Raises: ConfigError, ValueError: see `session.run`; no phase has steps.
     """
-    found = recipes.find(config) if isinstance(config, str) else check(config)
-    if not isinstance(found, Graft):
+    found: Any = recipes.find(config) if isinstance(config, str) else check(config)
+    if not isinstance(found, Grafting):
         raise ConfigError(f"graft: {found.name} is a recipe for {found.task}, not for grafting")
     config, out, started = found, Path(out), time.monotonic()
     phases = [name for name in PHASES if getattr(config, name).steps]
     if not phases:
         raise ConfigError("graft: alone.steps, whole.steps and tune.steps are all 0")
-    task = GraftTask(config)
-    start, layers, done = config.model.start, list[LayerReport](), dict[str, Any]()
+    grafts: Any = task.build(config)
+    student, layers, done = config.student, list[LayerReport](), dict[str, Any]()
     for name in phases:
         if name != "alone" and not layers:
-            start, layers = _choose(config, task, start, out)
+            student, layers = _choose(grafts, student, out)
         phase = getattr(config, name)
         this = replace(
             config,
             name=f"{config.name}_{name}",
             phase=name,
-            model=replace(config.model, start=start),
+            student=student,
             loop=replace(config.loop, steps=phase.steps, epochs=None),
             optim=replace(config.optim, lr=phase.lr),
         )
         done = run(this, out / name, progress=progress)
-        start = str(out / name)
+        student = str(out / name)
     if not layers:
-        start, layers = _choose(config, task, start, out)
+        student, layers = _choose(grafts, student, out)
     report = GraftReport(
         layers=layers,
-        teacher=validate(task.teacher, config, progress=False),
-        student=validate(task.open(start), config, progress=False),
-        weights=start if start != str(out / phases[-1]) else done["weights"],
+        teacher=validate(grafts.teacher, config, progress=False),
+        student=validate(grafts.open(student), config, progress=False),
+        weights=student if student != str(out / phases[-1]) else done["weights"],
         seconds=time.monotonic() - started,
     )
     state.write_text(out / "report.json", json.dumps(asdict(report), indent=1) + "\n")
@@ -92,15 +91,17 @@ def graft(config: Graft | str, out: str | Path, *, progress: bool = True) -> Gra
     return report
 
 
-def _choose(config: Graft, task: GraftTask, start: str, out: Path) -> tuple[str, list[LayerReport]]:
+def _choose(grafts: Any, start: str, out: Path) -> tuple[str, list[LayerReport]]:
     """Measure every new layer; with a budget, give those that do not fit their old mixer back."""
-    student = task.open(start) if start else task.parts()["model"].student
-    assert isinstance(student, HybridDiT)
-    inputs = task.held_out_inputs(torch.device("cpu"))
-    measured = _measure(student, task.teacher, inputs)
-    kept = set(changed(student, task.teacher))
+    config: Grafting = grafts.graft
+    device = make_accelerator("no").device
+    student = (grafts.open(start) if start else grafts.parts()["model"].student).to(device).eval()
+    grafts.tell(grafts.changed(student))
+    teacher, inputs = grafts.teacher.to(device), grafts.inputs(device)
+    measured = _measure(grafts, student, inputs)
+    kept = {layer.name for layer in measured}
     if config.budget is not None:
-        kept = _within(config.budget, student, task.teacher, inputs, measured)
+        kept = _within(config.budget, student, teacher, inputs, measured)
         if not kept:
             raise ConfigError(
                 f"budget: {config.budget} is less than any layer costs, at least "
@@ -108,22 +109,23 @@ def _choose(config: Graft, task: GraftTask, start: str, out: Path) -> tuple[str,
             )
         if len(kept) < len(measured):
             start = str(out / "chosen")
-            task.release(_only(kept, student, task.teacher), Path(start), {"layers": sorted(kept)})
+            grafts.release(grafts.only(kept, student), Path(start), {"layers": sorted(kept)})
     return start, [replace(layer, kept=layer.name in kept) for layer in measured]
 
 
-def _measure(student: HybridDiT, teacher: HybridDiT, inputs: Inputs) -> list[LayerReport]:
-    names = changed(student, teacher)
+def _measure(grafts: Grafts, student: nn.Module, inputs: Inputs) -> list[LayerReport]:
+    teacher, names = grafts.teacher, grafts.changed(student)
     rows = {row.name: row for row in visionhybrid.describe(student).rows}
     with torch.no_grad():
         _, errors = regress(student, teacher, names, inputs)
     before, after = (_seconds(net, names, inputs) for net in (teacher, student))
+    wanted = output(teacher, inputs)
     return [
         LayerReport(
             name=name,
             mixer=rows[name].mixer or "",
             error=float(errors[name]),
-            output_error=relative_error(_only({name}, student, teacher), teacher, inputs),
+            output_error=_with(student, teacher, {name}, inputs, wanted),
             seconds_before=before[name],
             seconds_after=after[name],
             fewer_products=rows[name].speedup,
@@ -133,23 +135,22 @@ def _measure(student: HybridDiT, teacher: HybridDiT, inputs: Inputs) -> list[Lay
     ]
 
 
-def _only(names: set[str], student: HybridDiT, teacher: HybridDiT) -> HybridDiT:
-    """The student, but for the attention outside `names`, which is the teacher's."""
-    mixed = copy.deepcopy(student)
-    for name in set(changed(student, teacher)) - names:
-        parent, _, leaf = name.rpartition(".")
-        setattr(mixed.get_submodule(parent), leaf, copy.deepcopy(teacher.get_submodule(name)))
-    mixed.note_mixers()
-    return mixed.eval()
+def _with(
+    student: nn.Module, teacher: nn.Module, names: set[str], inputs: Inputs, wanted: torch.Tensor
+) -> float:
+    """How far the teacher's output moves with the student's attention in the layers `names`."""
+    with substituted(teacher, student, names):
+        return distance(output(teacher, inputs), wanted)
 
 
 def _within(
-    budget: float, student: HybridDiT, teacher: HybridDiT, inputs: Inputs, measured: list[LayerReport]
+    budget: float, student: nn.Module, teacher: nn.Module, inputs: Inputs, measured: list[LayerReport]
 ) -> set[str]:
     """Layers in the order of what they save for what they cost, as long as the whole output stays within the budget."""
     kept: set[str] = set()
+    wanted = output(teacher, inputs)
     for layer in sorted(measured, key=lambda x: x.output_error / (x.fewer_products or 1.0)):
-        if relative_error(_only(kept | {layer.name}, student, teacher), teacher, inputs) <= budget:
+        if _with(student, teacher, kept | {layer.name}, inputs, wanted) <= budget:
             kept.add(layer.name)
     return kept
 
@@ -177,8 +178,8 @@ def _seconds(net: nn.Module, names: list[str], inputs: Inputs, rounds: int = 5) 
     return {name: median(values) for name, values in taken.items()}
 
 
-def _page(config: Graft, report: GraftReport) -> str:
-    lines = [f"# {config.name}: {config.mixer} in {config.teacher}", ""]
+def _page(config: Any, report: GraftReport) -> str:
+    lines = [f"# {config.name}: {config.mixer} in {config.teacher or config.model.name}", ""]
     lines += ["| held-out | teacher | student |", "|---|---|---|"]
     lines += [
         f"| {name} | {report.teacher.get(name, float('nan')):.4g} | {value:.4g} |"

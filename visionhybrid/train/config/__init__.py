@@ -5,6 +5,7 @@ size means the global one: all processes, all accumulated micro-batches.
 """
 
 from visionhybrid.train.config.common import Config, ConfigError, Guard, Loop, Model, Optim, Schedule
+from visionhybrid.train.config.grafts import Graft, GraftClassifier, Grafting, Phase
 from visionhybrid.train.config.saved import check, diff, from_json, to_json
 from visionhybrid.train.config.tasks import (
     Adversarial,
@@ -14,10 +15,8 @@ from visionhybrid.train.config.tasks import (
     Diffusion,
     Generation,
     Generator,
-    Graft,
     Images,
     Latent,
-    Phase,
     Pictures,
     Restoration,
     Sampling,
@@ -36,6 +35,8 @@ __all__ = [
     "Generation",
     "Generator",
     "Graft",
+    "GraftClassifier",
+    "Grafting",
     "Guard",
     "Images",
     "Latent",

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from visionhybrid.train.config.common import Config, Model
 
@@ -58,7 +58,9 @@ class Classification(Config):
     # MESA, arXiv:2205.14083: weight of the cross entropy towards what the averaged weights (loop.ema_decay) say; 0: without
     mesa: float = 0.0
     mesa_start: float = 0.0  # epochs before that
-    sync_batch_norm: bool = False  # statistics over all processes instead of over each one's own share of the batch
+    sync_batch_norm: bool = (
+        False  # statistics over all processes instead of over each one's own share of the batch
+    )
 
     task: ClassVar[str] = "classification"
     entry: ClassVar[str] = "visionhybrid.train.classify:Classify"
@@ -207,40 +209,3 @@ class Generation(Config):
 
     task: ClassVar[str] = "generation"
     entry: ClassVar[str] = "visionhybrid.train.generate:Generate"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """One phase of a graft; `steps` 0 leaves it out."""
-
-    steps: int = 0
-    lr: float = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Graft(Generation):
-    """Other mixers in a trained generator, trained to imitate it. Data, diffusion and sampling as it was trained with.
-
-    `optim.lr` and `loop.steps` are each phase's own. First every new mixer alone learns what the old one gives for the same
-    input; then the whole learns from the teacher's outputs, features and the task; then from the task alone.
-    """
-
-    teacher: str = ""  # run directory or diffusers folder
-    mixer: str = "linfusion"
-    mixer_options: dict[str, Any] = field(default_factory=dict)
-    layers: tuple[str, ...] = ()  # selectors of `visionhybrid.attach`; empty: all
-    # largest relative squared error of the output after the first phase; layers that cost most for what they save stay
-    budget: float | None = None
-    alone: Phase = Phase(steps=1000)
-    whole: Phase = Phase(steps=1000, lr=1e-4)
-    tune: Phase = Phase(steps=0, lr=1e-4)
-    task_weight: float = 1.0
-    output_weight: float = 0.5
-    feature_weight: float = 0.5
-    train: Literal["mixed", "all"] = "mixed"  # the attention that has a new mixer, or everything
-    phase: Literal["alone", "whole", "tune"] = (
-        "whole"  # of this run; `visionhybrid graft` does one after the other
-    )
-
-    task: ClassVar[str] = "graft"
-    entry: ClassVar[str] = "visionhybrid.train.graft:GraftTask"
