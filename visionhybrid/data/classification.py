@@ -40,6 +40,19 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def read(self, index: int) -> tuple[Image.Image, int]: ...
 
+    def peek(self, index: int) -> tuple[str, int] | None:
+        """What changes when the image does, and its label, without reading it; None where that cannot be said."""
+        ...
+
+
+def stamp_of(path: str | Path, place: int = 0) -> str:
+    """A file (an image, or a container that has one at `place`) by name, size and time; "" if it is not there."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return ""
+    return f"{Path(path).resolve()}:{place}:{found.st_size}:{found.st_mtime_ns}"
+
 
 class Digits:
     """scikit-learn's 8x8 digits, fixed split ("train" or "val")."""
@@ -55,6 +68,9 @@ class Digits:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.images[index]), self.labels[index]
+
+    def peek(self, index: int) -> None:
+        return None
 
 
 class TimmSource:
@@ -102,6 +118,15 @@ class TimmSource:
             image = Image.open(file)
             image.load()
         return image, int(label)
+
+    def peek(self, index: int) -> tuple[str, int] | None:
+        samples = getattr(self.reader, "samples", None)
+        if not samples or not isinstance(
+            samples[index][0], str
+        ):  # members of tar files, Hugging Face's data sets
+            return None
+        path, label = samples[index]
+        return stamp_of(path), int(label)
 
 
 class Shards:
@@ -153,6 +178,10 @@ class Shards:
             file.seek(offset)
             return Image.open(io.BytesIO(file.read(size))), label
 
+    def peek(self, index: int) -> tuple[str, int] | None:
+        path, _, offset, _, label = self.entries[index]
+        return stamp_of(path, offset), label
+
 
 def open_source(dataset: str, root: str, split: str, class_map: str = "") -> Source:
     """The images that `dataset` names: "digits", "wds" (local shards), or what timm calls it ("" is a folder or tar)."""
@@ -176,8 +205,8 @@ class LabelledImages:
     def classes(self) -> tuple[str, ...]:
         return tuple(self.source.classes)
 
-    def sample(self, index: int, seed: int) -> dict[str, Tensor]:
-        """Raises: CorruptSample: the image cannot be decoded, or has no label."""
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Image and label as they are. Raises: CorruptSample: see `sample`."""
         try:
             image, label = self.source.read(index)
             image = image.convert(self.mode)
@@ -185,6 +214,11 @@ class LabelledImages:
             raise CorruptSample(f"image {index}", f"{type(error).__name__}: {error}") from None
         if label < 0:
             raise CorruptSample(f"image {index}", "has no label")
+        return image, label
+
+    def sample(self, index: int, seed: int) -> dict[str, Tensor]:
+        """Raises: CorruptSample: the image cannot be decoded, or has no label."""
+        image, label = self.read(index)
         with seeded(seed):
             pixels = self.transform(image)
         return {"image": pixels, "label": torch.tensor(label)}

@@ -1,4 +1,4 @@
-"""Pictures of classes from a trained `HybridDiT`: a diffusers pipeline with diffusers' schedulers.
+"""Pictures of classes from a trained `HybridDiT`, DiT or UNet: diffusers pipelines with diffusers' schedulers.
 
 pipe = HybridDiTPipeline.from_pretrained("runs/digits/pipeline")
 images = pipe(["seven", "two"], guidance_scale=2.0).images
@@ -11,44 +11,45 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+    SchedulerMixin,
+    UNet2DModel,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from visionhybrid.diffusion.autoencoder import decode
 from visionhybrid.diffusion.hybrid_dit import HybridDiT
 
 
-class HybridDiTPipeline(DiffusionPipeline):
-    """Class-conditional or unconditional generation.
+class ClassPipeline(DiffusionPipeline):
+    """Class-conditional or unconditional generation; the subclasses say what their model is called."""
 
-    Args:
-        transformer: the model. scheduler: a scheduler of diffusers that agrees with what the model predicts.
-        vae: decodes latents; None for a model of pixels in [-1, 1].
-        labels: names of the classes, in their order.
-    """
-
-    model_cpu_offload_seq = "transformer->vae"
     _optional_components: ClassVar[list[str]] = ["vae"]
 
-    def __init__(
-        self,
-        transformer: HybridDiT,
-        scheduler: SchedulerMixin,
-        vae: AutoencoderKL | None = None,
-        labels: list[str] | None = None,
-    ) -> None:
-        super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+    part: ClassVar[str]
+
+    def _keep(self, denoiser: Any, scheduler: Any, vae: Any, labels: list[str] | None) -> None:
+        self.register_modules(**{self.part: denoiser}, scheduler=scheduler, vae=vae)
         self.register_to_config(labels=list(labels or ()))
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self, self.part)
 
     def label_ids(self, names: Sequence[str | int]) -> list[int]:
         """Numbers of the classes that `names` are the names or numbers of.
 
         Raises: ValueError: an unknown class (suggests the nearest).
         """
-        known, count = list(self.config.labels), self.transformer.config.num_classes
+        known, count = list(self.config.labels), self.num_classes
         ids = []
         for name in names:
             if isinstance(name, str):
@@ -61,6 +62,11 @@ class HybridDiTPipeline(DiffusionPipeline):
                 raise ValueError(f"no class {name}: this model has {count}")
             ids.append(name)
         return ids
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that can be asked for; 0: unconditional."""
+        return num_classes(self.denoiser)
 
     @torch.no_grad()
     def __call__(
@@ -90,8 +96,8 @@ class HybridDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: labels missing or unknown.
         """
-        config, device = self.transformer.config, self._execution_device
-        if (class_labels is None) != (config.num_classes == 0):
+        config, device, dtype = self.denoiser.config, self._execution_device, self.denoiser.dtype
+        if (class_labels is None) != (self.num_classes == 0):
             raise ValueError(
                 "class_labels: this model "
                 + ("needs one for each image" if class_labels is None else "is unconditional")
@@ -106,10 +112,10 @@ class HybridDiTPipeline(DiffusionPipeline):
             height or config.sample_size,
             width or config.sample_size,
         )
-        x = latents if latents is not None else randn_tensor(shape, generator, device, self.transformer.dtype)
+        x = latents if latents is not None else randn_tensor(shape, generator, device, dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         scales = hasattr(self.scheduler, "scale_model_input")  # flow matching's schedulers need not
-        x = x.to(device, self.transformer.dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        x = x.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         for time in self.progress_bar(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(x, time) if scales else x
             x = self.scheduler.step(self._predict(scaled, time, labels, guidance_scale), time, x).prev_sample
@@ -117,15 +123,65 @@ class HybridDiTPipeline(DiffusionPipeline):
         if output_type == "latent":
             return ImagePipelineOutput(images=x) if return_dict else (x,)
         if self.vae is not None:
-            x = self.vae.decode(x.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+            x = decode(self.vae, x)
         images = self.image_processor.postprocess(x.float(), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _predict(self, x: Tensor, time: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
         """The model's mean (a predicted variance is not used), pushed away from what it makes without a class."""
-        channels = x.shape[1]
+        channels, model, time = x.shape[1], self.denoiser, time.expand(len(x))
         if labels is None or guidance == 1:
-            return self.transformer(x, time, labels).sample[:, :channels]
-        both = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
-        with_class, without = self.transformer(x.repeat(2, 1, 1, 1), time, both).sample[:, :channels].chunk(2)
+            return model(x, time, labels).sample[:, :channels]
+        both = torch.cat([labels, torch.full_like(labels, self.num_classes)])
+        found = model(x.repeat(2, 1, 1, 1), time.repeat(2), both).sample
+        with_class, without = found[:, :channels].chunk(2)
         return torch.lerp(without, with_class, guidance)
+
+
+class HybridDiTPipeline(ClassPipeline):
+    """
+    Args:
+        transformer: the model, ours or diffusers' DiT. scheduler: one of diffusers that agrees with what the model predicts.
+        vae: decodes latents; None for a model of pixels in [-1, 1].
+        labels: names of the classes, in their order.
+    """
+
+    part = "transformer"
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(
+        self,
+        transformer: HybridDiT | DiTTransformer2DModel,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | AutoencoderDC | None = None,
+        labels: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self._keep(transformer, scheduler, vae, labels)
+
+
+class UNetPipeline(ClassPipeline):
+    """As `HybridDiTPipeline`, for a UNet; where it knows classes its last one means "any"."""
+
+    part = "unet"
+    model_cpu_offload_seq = "unet->vae"
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | AutoencoderDC | None = None,
+        labels: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self._keep(unet, scheduler, vae, labels)
+
+
+def num_classes(model: Any) -> int:
+    """Classes that a denoiser knows, besides the one that means any."""
+    config = model.config
+    if isinstance(model, DiTTransformer2DModel):
+        return config.num_embeds_ada_norm
+    if isinstance(model, UNet2DModel):
+        return (config.num_class_embeds or 1) - 1
+    return config.num_classes

@@ -1,10 +1,10 @@
-"""Training a generator: class-conditional or unconditional images by diffusion or flow matching."""
+"""Training a generator by diffusion or flow matching: images of classes or of nothing, or a pipeline's images of captions."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,18 +16,23 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
-from visionhybrid.data.classification import LabelledImages, open_source
+from visionhybrid.data.captions import Captioned, open_captions
+from visionhybrid.data.classification import LabelledImages, Source, open_source
 from visionhybrid.data.errors import CorruptSample
+from visionhybrid.data.latents import Cut, Latents
 from visionhybrid.data.seeds import mix
-from visionhybrid.diffusion import HybridDiT, HybridDiTPipeline
 from visionhybrid.diffusion.drawing import sheet
 from visionhybrid.train import state
 from visionhybrid.train.config import ConfigError, Generation
 from visionhybrid.train.distill import Inputs
+from visionhybrid.train.encoding import Texts, encode_captions, encode_images, on_device
+from visionhybrid.train.generators import RELEASED, OfPipeline, noise_of, open_generator
 from visionhybrid.train.judge import Judge
 from visionhybrid.train.noising import Noising, noising, squared_errors
 from visionhybrid.train.sampler import Sample, stack
 from visionhybrid.train.task import share
+
+Images = LabelledImages | Latents
 
 
 @dataclass(frozen=True)
@@ -51,59 +56,91 @@ class Generate:
     """See `task.Task`. Metrics: loss on held-out images with fixed times and noise; with a judge, recognised, in percent."""
 
     repeat = 1
-    released = "pipeline"  # a diffusers folder: `HybridDiTPipeline.from_pretrained`
+    released = RELEASED  # a diffusers folder
 
     def __init__(self, config: Generation) -> None:
         self.config = config
-        for name, value in {"model.pipeline": config.model.pipeline, "latent.vae": config.latent.vae}.items():
-            if value:
-                raise ConfigError(f"{name}: not here yet")
-        data = config.data
-        self.mode = {1: "L", 3: "RGB"}[config.channels]
-        self.repeat = data.repeat
-        self.noising = noising(config.diffusion)
-        train = open_source(data.dataset, data.root, data.train, data.class_map)
-        held_out = open_source(data.dataset, data.root, data.held_out, data.class_map)
+        self.notes: list[str] = []
+        self.repeat = config.data.repeat
+        self.generator = open_generator(config)
+        self.noising = noising(config.diffusion, self.generator.scheduler)
+        self.judge = self._judge()
+        self.metric = "recognised" if self.judge else "loss"
+        self.higher_is_better = self.judge is not None
+        train, held_out = self._sources()
+        flips = (config.flip, 0.0)
+        images = [self._images(source, flip) for source, flip in zip((train, held_out), flips, strict=True)]
+        texts = [self._texts(source) for source in (train, held_out)]
+        self.prompts = tuple(config.text.prompts or getattr(held_out, "captions", ()))
+        nothing = -1 if texts[0] else config.data.num_classes
+        self.train_set = Noised(images[0], self.noising, config.diffusion.drop_label, nothing, texts[0])
+        self.held_out, self.held_out_texts = images[1], texts[1]
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def _judge(self) -> Judge | None:
+        if not self.config.sampling.judge:
+            return None
+        if not self.config.data.num_classes:
+            raise ConfigError("sampling.judge: judges images of classes, there are none (data.num_classes=0)")
+        return Judge(self.config.sampling.judge)
+
+    def _sources(self) -> tuple[Source, Source]:
+        data, text = self.config.data, self.config.text
+        if (data.dataset == "captions") != isinstance(self.generator, OfPipeline):
+            raise ConfigError(
+                "data.dataset: 'captions' is what model.pipeline is trained on, and nothing else is"
+            )
+        if data.dataset == "captions":
+            if data.num_classes:
+                raise ConfigError("data.num_classes: captions are no classes, set it to 0")
+            skip = text.missing == "skip"
+            *sources, notes = open_captions(
+                data.root, data.train, data.held_out, column=text.column, skip=skip, hold_out=text.hold_out
+            )
+            self.notes += notes
+            return sources[0], sources[1]
+        train, held_out = (
+            open_source(data.dataset, data.root, split, data.class_map)
+            for split in (data.train, data.held_out)
+        )
         if train.classes and data.num_classes not in (0, len(train.classes)):
             raise ConfigError(
                 f"data.num_classes is {data.num_classes}, but there are {len(train.classes)} classes "
-                "(0: train without them)"
+                f"(0: train without them){_empty_classes(Path(data.root) / data.train, train.classes)}"
             )
-        images = LabelledImages(train, self._transform(config.flip), self.mode)
-        self.train_set = Noised(images, self.noising, config.diffusion.drop_label, data.num_classes)
-        self.held_out = LabelledImages(held_out, self._transform(0.0), self.mode)
-        self.judge = Judge(config.sampling.judge) if config.sampling.judge else None
-        self.metric = "recognised" if self.judge else "loss"
-        self.higher_is_better = self.judge is not None
-        self.notes: list[str] = []
+        return train, held_out
 
-    def _transform(self, flip: float) -> Any:
-        size = self.config.data.image_size
-        steps = [
-            transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(size),
-            transforms.RandomHorizontalFlip(flip),
-            transforms.ToTensor(),
-            transforms.Normalize([0.5] * self.config.channels, [0.5] * self.config.channels),
-        ]
-        return transforms.Compose(steps)
+    def _images(self, source: Source, flip: float) -> Images:
+        config, size = self.config, self.config.data.image_size
+        images = LabelledImages(source, _transform(size, flip), {1: "L", 3: "RGB"}[config.channels])
+        vae = self.generator.vae
+        if vae is None:
+            return images
+        return encode_images(
+            images, vae, size, config.cache, flip=flip, draw=config.latent.draw, notes=self.notes
+        )
+
+    def _texts(self, source: Source) -> Texts | None:
+        if not (isinstance(self.generator, OfPipeline) and isinstance(source, Captioned)):
+            return None
+        family = self.generator.family
+        with on_device(*family.text_encoders):
+            return encode_captions(
+                source.captions,
+                family.encode,
+                family.nothing,
+                self.config.cache,
+                facts=family.facts(),
+                notes=self.notes,
+            )
+
+    # -- training ----------------------------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, nn.Module]:
-        model, data = self.config.model, self.config.data
-        if model.name != "hybrid_dit":
-            raise ConfigError(f"model.name: a generator is 'hybrid_dit', got {model.name!r}")
-        given = dict(
-            sample_size=data.image_size, in_channels=self.config.channels, num_classes=data.num_classes
-        )
-        try:
-            net = HybridDiT(**{**given, **model.options})
-        except TypeError as error:
-            raise ConfigError(f"model.options: {error}") from None
-        if net.out_channels != net.config.in_channels:
-            raise ConfigError("model.options.out_channels: a predicted variance cannot be trained here")
-        if model.start:
-            net.load_state_dict(self.open(model.start).state_dict(), strict=model.start_strict)
-            self.notes.append(f"started from {model.start}")
+        net = self.generator.build()
+        if self.config.model.start:
+            self.notes.append(f"started from {self.config.model.start}")
         return {"model": net}
 
     def collate(self, samples: list[Sample], seed: int) -> Sample:
@@ -118,15 +155,11 @@ class Generate:
     def exercise(self, batch: Sample) -> Exercise:
         """What the model is asked about a batch, in training or of held-out images."""
         image, noise, times = batch["image"], batch["noise"], batch["time"]
-        return Exercise(
-            args=(self.noising.noised(image, noise, times), times, self._labels(batch["label"])),
-            kwargs={"return_dict": False},
-            target=self.noising.target(image, noise, times),
-            weight=self.noising.weight(times),
-        )
+        args, kwargs = self.generator.inputs(self.noising.noised(image, noise, times), times, batch)
+        target = self.generator.target(self.noising.target(image, noise, times))
+        return Exercise(args, kwargs, target, self.noising.weight(times))
 
-    def _labels(self, label: Tensor) -> Tensor | None:
-        return label if self.config.data.num_classes else None
+    # -- validation --------------------------------------------------------------------------------------------------
 
     def validate(
         self, model: nn.Module, accelerator: Accelerator, limit: int | None = None
@@ -169,7 +202,9 @@ class Generate:
             found = self.held_out.sample(index, 0)
         except CorruptSample:
             return None
-        return {**found, "time": time, "noise": _noise(found["image"].shape, mix(0, "held out", index))}
+        if self.held_out_texts is not None:
+            found |= self.held_out_texts[int(found["label"])]
+        return {**found, "time": time, "noise": noise_of(found["image"].shape, mix(0, "held out", index))}
 
     def _together(self, rows: list[Sample | None], device: torch.device) -> Sample:
         """A batch of held-out samples; unreadable ones are replaced, for they weigh nothing."""
@@ -201,41 +236,32 @@ class Generate:
         sums = accelerator.reduce(sums.float().to(accelerator.device), "sum").cpu()
         return 100 * float(sums[0] / sums[1])
 
-    def pipeline(self, model: nn.Module) -> HybridDiTPipeline:
-        names = self.train_set.classes if self.config.data.num_classes else ()
-        pipe = HybridDiTPipeline(model, self.noising.scheduler(), labels=list(names))
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+    # -- pictures and weights ----------------------------------------------------------------------------------------
 
-    def draw(self, model: nn.Module, labels: list[int], seeds: list[int]) -> Tensor:
-        """Samples (B, C, H, W) in [0, 1] on the CPU, each from the noise of its own seed."""
-        config, sampling = self.config, self.config.sampling
-        size = config.data.image_size
-        noise = torch.stack([_noise((config.channels, size, size), seed) for seed in seeds])
-        known = self._labels(torch.tensor(labels))
-        images = self.pipeline(model)(
-            None if known is None else labels,
-            num_images=len(labels),
-            guidance_scale=sampling.guidance,
-            num_inference_steps=sampling.steps,
-            latents=noise.to(next(model.parameters()).device),
-            output_type="pt",
-        ).images
-        return images.cpu()
+    @property
+    def scheduler(self) -> Any:
+        return self.generator.scheduler or self.noising.scheduler()
+
+    def bare(self, model: nn.Module) -> nn.Module:
+        """What of `model` goes into a pipeline."""
+        return model
+
+    def draw(self, model: nn.Module, wanted: Sequence[Any], seeds: Sequence[int]) -> Tensor:
+        """Samples (B, C, H, W) in [0, 1] on the CPU of the labels or prompts `wanted`, each from the noise of its own seed."""
+        return self.generator.draw(self.bare(model), self.scheduler, wanted, seeds, self.config.sampling)
 
     def samples(self, model: nn.Module, folder: Path) -> list[Path]:
-        """One sheet: a row for each class, the same noise in each column at every validation."""
+        """One sheet: a row for each class or prompt, the same noise in each column at every validation."""
         sampling, classes = self.config.sampling, self.config.data.num_classes
-        rows = min(sampling.classes, classes) or sampling.classes
-        labels = [row for row in range(rows) for _ in range(sampling.each)]
-        seeds = [mix(0, "sheet", column) for _ in range(rows) for column in range(sampling.each)]
-        images = self.draw(model, labels if classes else [0] * len(seeds), seeds)
+        wanted: Sequence[Any] = self.prompts or range(classes) or [0] * sampling.classes
+        names = self.prompts or self.train_set.classes or tuple(map(str, range(classes)))
+        rows, seeds = wanted[: sampling.classes], [mix(0, "sheet", column) for column in range(sampling.each)]
+        drawn = [self.draw(model, [row] * len(seeds), seeds) for row in rows]
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "samples.png"
-        names = self.train_set.classes or tuple(map(str, range(classes)))
-        pixels = (images.clamp(0, 1) * 255).round().byte().expand(-1, 3, -1, -1)
+        pixels = (torch.cat(drawn).clamp(0, 1) * 255).round().byte().expand(-1, 3, -1, -1)
         tiles = [to_pil_image(image) for image in pixels]
-        sheet(tiles, sampling.each, names[:rows] if classes else ()).save(path)
+        sheet(tiles, sampling.each, names[: len(rows)] if self.prompts or classes else ()).save(path)
         return [path]
 
     def metadata(self) -> dict[str, Any]:
@@ -246,32 +272,32 @@ class Generate:
         aside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
         for rest in (aside, old):
             shutil.rmtree(rest, ignore_errors=True)
-        self.pipeline(model).save_pretrained(aside)
+        names = self.train_set.classes if self.config.data.num_classes else ()
+        self.generator.saved(self.bare(model), self.scheduler, names, aside)
         state.write_text(aside / "training.json", json.dumps(facts, indent=2) + "\n")
         if path.exists():
             path.rename(old)
         aside.rename(path)
         shutil.rmtree(old, ignore_errors=True)
 
-    def open(self, path: str | Path) -> HybridDiT:
-        """The transformer of a run directory, of a pipeline's folder, or by itself."""
-        path = Path(path)
-        for folder in (path / self.released / "transformer", path / "transformer", path):
-            if (folder / "config.json").is_file() and not (folder / self.released).is_dir():
-                return HybridDiT.from_pretrained(folder, use_safetensors=True).eval()
-        raise ConfigError(
-            f"{path}: no HybridDiT; give a run directory, its {self.released} folder, or a diffusers folder"
-        )
+    def open(self, path: str | Path) -> nn.Module:
+        """The denoiser of a run directory, of a pipeline's folder, or by itself."""
+        return self.generator.open(path)
 
 
 class Noised:
     """Images with the noise, the time and the choice to drop the label that they are trained with.
 
     Drawn with the image and not in the step: so they do not depend on how a batch is shared by processes or micro-batches.
+
+    Args:
+        drop: share of images whose label becomes `nothing`. texts: what is told of a label instead of its number.
     """
 
-    def __init__(self, images: LabelledImages, noising: Noising, drop: float, anything: int) -> None:
-        self.images, self.noising, self.drop, self.anything = images, noising, drop, anything
+    def __init__(
+        self, images: Images, noising: Noising, drop: float, nothing: int, texts: Texts | None = None
+    ) -> None:
+        self.images, self.noising, self.drop, self.nothing, self.texts = images, noising, drop, nothing, texts
 
     def __len__(self) -> int:
         return len(self.images)
@@ -286,9 +312,18 @@ class Noised:
         found["noise"] = torch.randn(found["image"].shape, generator=generator)
         found["time"] = self.noising.draw(1, generator)[0]
         if torch.rand((), generator=generator) < self.drop:
-            found["label"] = torch.tensor(self.anything)
-        return found
+            found["label"] = torch.tensor(self.nothing)
+        return found if self.texts is None else {**found, **self.texts[int(found["label"])]}
 
 
-def _noise(shape: tuple[int, ...] | torch.Size, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def _transform(size: int, flip: float) -> Any:
+    """Of images trained in pixels."""
+    return transforms.Compose([Cut(size), transforms.RandomHorizontalFlip(flip)])
+
+
+def _empty_classes(folder: Path, known: Sequence[str]) -> str:
+    """What to add to an error where folders of classes have no image."""
+    if not folder.is_dir():
+        return ""
+    empty = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in known)
+    return f"; no image in {', '.join(empty[:5])}" if empty else ""

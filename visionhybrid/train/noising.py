@@ -7,7 +7,8 @@ Flow matching (arXiv:2210.02747, in SD3's words arXiv:2403.03206) mixes x_s = (1
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -41,9 +42,46 @@ class Noising(Protocol):
         ...
 
 
-def noising(config: Diffusion) -> Noising:
-    """Raises: ConfigError: settings that contradict each other."""
+def noising(config: Diffusion, scheduler: Any = None) -> Noising:
+    """What `config` says; with predict="pipeline" what the scheduler of a pipeline says.
+
+    Raises: ConfigError: settings that contradict each other, or a scheduler that stands for another kind of noise.
+    """
+    if (config.predict == "pipeline") != (scheduler is not None):
+        raise ConfigError("diffusion.predict: 'pipeline' is for model.pipeline, and nothing else is")
+    if scheduler is not None:
+        return _of_scheduler(config, scheduler)
     return Flow(config) if config.predict == "flow" else Markov(config)
+
+
+# What diffusers' schedulers of diffusion say about the noise that a model was trained with.
+_BETAS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
+
+
+def _of_scheduler(config: Diffusion, scheduler: Any) -> Noising:
+    facts, name = scheduler.config, type(scheduler).__name__
+    if config.shift != 1:
+        raise ConfigError("diffusion.shift: with a pipeline its scheduler says it")
+    if name.startswith("FlowMatch") or facts.get("use_flow_sigmas"):
+        # a shift that depends on the size of the image is the sampler's
+        shift = 1.0 if facts.get("use_dynamic_shifting") else facts.get("shift", facts.get("flow_shift", 1.0))
+        return Flow(replace(config, predict="flow", shift=float(shift)))
+    kinds: dict[str, Literal["epsilon", "v"]] = {"epsilon": "epsilon", "v_prediction": "v"}
+    predict = kinds.get(facts.get("prediction_type", ""))
+    if predict is None or not hasattr(scheduler, "alphas_cumprod"):
+        raise ConfigError(f"model.pipeline: {name} is no scheduler of noise, v or flow prediction known here")
+    from diffusers import DDIMScheduler
+
+    given = {name: facts[name] for name in _BETAS if facts.get(name) is not None}
+    return Markov(replace(config, predict=predict), DDIMScheduler(**given))
 
 
 class Flow:
@@ -84,15 +122,15 @@ class Flow:
 
 
 class Markov:
-    """Whole times from 0 to 999."""
+    """Whole times from 0 to 999. `ddim` has the betas, those of the config by default."""
 
-    def __init__(self, config: Diffusion) -> None:
+    def __init__(self, config: Diffusion, ddim: Any = None) -> None:
         if config.times != "uniform" or config.shift != 1:
             raise ConfigError(f"diffusion: times and shift belong to predict=flow, not to {config.predict}")
         from diffusers import DDIMScheduler
 
         self.config = config
-        self.ddim = DDIMScheduler(
+        self.ddim: Any = ddim or DDIMScheduler(
             num_train_timesteps=TIMES,
             beta_schedule=config.betas,
             beta_start=config.beta_range[0],
@@ -103,10 +141,10 @@ class Markov:
         )
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        return torch.randint(TIMES, (count,), generator=generator).float()
+        return torch.randint(self.ddim.config.num_train_timesteps, (count,), generator=generator).float()
 
     def spread(self, count: int) -> Tensor:
-        return ((torch.arange(count) + 0.5) / count * TIMES).floor()
+        return ((torch.arange(count) + 0.5) / count * self.ddim.config.num_train_timesteps).floor()
 
     def noised(self, x: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         return self.ddim.add_noise(x, noise, times.long())

@@ -1,0 +1,140 @@
+"""Images with captions, in a folder: `metadata.jsonl` or `metadata.csv` beside them, or `NAME.txt` beside `NAME.png`.
+
+The metadata are those of Hugging Face's image folders: a column `file_name`, relative to the metadata's folder, and one with
+the caption. They may stand in any folder below the root.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from visionhybrid.data.classification import stamp_of
+from visionhybrid.data.scan import find_pictures
+
+
+class Captioned:
+    """A `classification.Source` whose labels are the numbers of `captions`."""
+
+    classes: Sequence[str] = ()
+
+    def __init__(self, folder: Path, names: Sequence[str], captions: Sequence[str]) -> None:
+        self.folder, self.names, self.captions = folder, list(names), list(captions)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        with Image.open(self.folder / self.names[index]) as image:
+            image.load()
+        return image, index
+
+    def peek(self, index: int) -> tuple[str, int] | None:
+        return stamp_of(self.folder / self.names[index]), index
+
+
+def open_captions(
+    root: str, train: str, held_out: str, *, column: str, skip: bool, hold_out: int
+) -> tuple[Captioned, Captioned, list[str]]:
+    """Images to train on, held-out images, and what a person should know.
+
+    Args:
+        root: folder of images, or of the folders `train` and `held_out`.
+        column: of the metadata, where the captions are. skip: leave images without a caption out instead of raising.
+        hold_out: without a folder `held_out` every so many-th image is held out; 0: all serve for both.
+    Raises:
+        ValueError: no folder or image, metadata that cannot be read or name no such image, a caption that is missing.
+    """
+    base = Path(root)
+    if not root or not base.is_dir():
+        raise ValueError(f"data.root: no such folder: {root or '(empty)'}")
+    notes: list[str] = []
+    first = base / train if train and (base / train).is_dir() else base
+    if held_out and (base / held_out).is_dir():
+        if first == base:
+            raise ValueError(f"data.root: {base} has a folder {held_out!r} but none {train!r}")
+        splits = (_read(folder, column, skip, notes) for folder in (first, base / held_out))
+        return *splits, notes
+    found = _read(first, column, skip, notes)
+    if not hold_out:
+        return found, found, notes
+    here = [i for i in range(len(found)) if i % hold_out == 0]
+    rest = [i for i in range(len(found)) if i % hold_out]
+    if not rest:
+        raise ValueError(f"text.hold_out: every {hold_out}-th of {len(found)} images leaves none to train on")
+    parts = (
+        Captioned(first, [found.names[i] for i in part], [found.captions[i] for i in part])
+        for part in (rest, here)
+    )
+    return *parts, notes
+
+
+def _read(folder: Path, column: str, skip: bool, notes: list[str]) -> Captioned:
+    names = find_pictures(folder)
+    captions = dict(_metadata(folder, column))
+    if absent := sorted(captions.keys() - set(names)):
+        _missing(f"metadata of {folder} name {len(absent)} images that are not there", absent, skip, notes)
+    for name in names:
+        beside = (folder / name).with_suffix(".txt")
+        if name not in captions and beside.is_file():
+            captions[name] = _text(beside)
+    without = [name for name in names if not captions.get(name, "").strip()]
+    if without:
+        message = f"{len(without)} of {len(names)} images in {folder} have no caption"
+        _missing(message, without, skip and len(without) < len(names), notes)
+    kept = [name for name in names if captions.get(name, "").strip()]
+    return Captioned(folder, kept, [captions[name].strip() for name in kept])
+
+
+def _missing(message: str, names: Sequence[str], skip: bool, notes: list[str]) -> None:
+    message = f"{message}, first {names[0]}"
+    if not skip:
+        raise ValueError(f"data: {message}; text.missing=skip leaves them out")
+    notes.append(f"skipped: {message}")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data: cannot read the caption {path}: {error}") from None
+
+
+def _metadata(folder: Path, column: str) -> Iterable[tuple[str, str]]:
+    """Names relative to `folder`, and captions."""
+    for path in sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")]):
+        read = _json_lines if path.suffix == ".jsonl" else _csv_rows
+        inside = path.parent.relative_to(folder)
+        for number, row in read(path):
+            for name in ("file_name", column):
+                if not isinstance(row.get(name, ""), str):
+                    raise ValueError(f"data: {path}, line {number}: {name!r} is not text")
+                if name not in row:
+                    has = ", ".join(map(str, row))
+                    raise ValueError(f"data: {path}, line {number}: no column {name!r}; it has {has}")
+            yield (inside / row["file_name"]).as_posix(), row[column]
+
+
+def _json_lines(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"data: {path}, line {number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"data: {path}, line {number}: expected an object, got {line[:40]!r}")
+        yield number, row
+
+
+def _csv_rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    rows = csv.DictReader(_text(path).splitlines(keepends=True))
+    for row in rows:
+        # a line shorter than the header has None there: no caption
+        yield rows.line_num, {name: value or "" for name, value in row.items() if name is not None}

@@ -1,0 +1,204 @@
+"""Rows of tensors that were expensive to compute, on disk: computed once, read by any run and any number of processes.
+
+    store = Store("runs/cache", {"kind": "moments", "vae": "..."})      # what every row depends on
+    if key not in store: store.add(key, {"moments": tensor}); store.flush()
+    row = store.row(key)
+
+A folder for each set of facts holds `facts.json` and files of many rows each, safetensors whose tensors have a row for each key.
+A file gets its name only when it is complete, and is never changed: processes fill a store together without asking each
+other, and at worst compute a row twice. Every row has a checksum; a damaged one counts as absent and is computed again.
+
+A store also notes under which `stamp` (path, size and time of a file) a key was found, so that a file that did not change need
+not be read to know its key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import secrets
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from visionhybrid.data.images import ImageError, atomic
+
+FLUSH_BYTES = 32 << 20  # a file is written when its rows are so large,
+FLUSH_SECONDS = 60.0  # or so much time went into them: no more is lost when a process is killed
+_TYPES = {"F32": torch.float32, "F16": torch.float16, "I64": torch.int64}
+
+
+class StoreError(ValueError):
+    """The disk is full or does not let us write; what the store holds stays valid."""
+
+
+def digest(*parts: bytes) -> str:
+    """128 bits of hash over `parts` and where each ends."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little"))
+        found.update(part)
+    return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    tensors: dict[
+        str, tuple[torch.dtype, tuple[int, ...], int]
+    ]  # name -> type, shape and first byte of a row
+
+    def read(self, number: int) -> dict[str, bytes]:
+        """Bytes of a row: name -> content."""
+        with open(self.path, "rb") as file:
+            found = {}
+            for name, (dtype, shape, first) in self.tensors.items():
+                size = math.prod(shape) * dtype.itemsize
+                file.seek(first + number * size)
+                found[name] = file.read(size)
+        return found
+
+
+class Store:
+    """Rows under keys; all rows of a store have tensors of the same names and shapes.
+
+    Args:
+        folder: of all stores. facts: JSON-able, what the rows depend on besides what their keys say.
+    Raises: StoreError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | Path, facts: Mapping[str, Any]) -> None:
+        text = json.dumps(facts, indent=1, sort_keys=True)
+        self.folder = Path(folder) / f"{facts['kind']}-{digest(text.encode())[:16]}"
+        self.stamps: dict[str, str] = {}
+        self._places: dict[str, tuple[_File, int, str]] = {}  # key -> file, row, checksum
+        self._known: set[str] = set()
+        self._waiting: dict[str, dict[str, Tensor]] = {}
+        self._new_stamps: dict[str, str] = {}
+        self._since = time.monotonic()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / "facts.json").exists():
+                self._write(self.folder / "facts.json", text.encode())
+        except OSError as error:
+            raise StoreError(f"cache.folder: {self.folder}: {error.strerror}") from None
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places or key in self._waiting
+
+    def __len__(self) -> int:
+        return len(self._places) + len(self._waiting)
+
+    def scan(self) -> list[str]:
+        """Take in the files that appeared since the last scan. Returns a line for each in which something is damaged."""
+        notes = []
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name in self._known:
+                continue
+            self._known.add(path.name)
+            try:
+                file, keys, checksums, stamps = _open(path)
+                bad = 0
+                for number, (key, checksum) in enumerate(zip(keys, checksums, strict=True)):
+                    if digest(*file.read(number).values()) == checksum:
+                        self._places[key] = (file, number, checksum)
+                    else:
+                        bad += 1
+                self.stamps |= stamps
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                notes.append(f"cache: {path} is damaged ({error or type(error).__name__}) and is made anew")
+                path.unlink(missing_ok=True)
+                continue
+            if bad:
+                notes.append(f"cache: {bad} of {len(keys)} rows of {path} are damaged and are made anew")
+        return notes
+
+    def row(self, key: str) -> dict[str, Tensor]:
+        """The tensors stored under `key`.
+
+        Raises: StoreError: the row is damaged or gone, which a scan did not see yet.
+        """
+        if key in self._waiting:
+            return self._waiting[key]
+        file, number, checksum = self._places[key]
+        try:
+            content = file.read(number)
+        except OSError as error:
+            raise StoreError(f"cache: {file.path}: {error.strerror}; start again to make it anew") from None
+        if digest(*content.values()) != checksum:
+            raise StoreError(f"cache: row {number} of {file.path} is damaged; start again to make it anew")
+        return {
+            name: torch.frombuffer(bytearray(content[name]), dtype=dtype).view(shape)
+            for name, (dtype, shape, _) in file.tensors.items()
+        }
+
+    def note(self, stamp: str, key: str) -> None:
+        """Remember that what has this stamp has this key."""
+        if stamp and self.stamps.get(stamp) != key:
+            self.stamps[stamp] = self._new_stamps[stamp] = key
+
+    def add(self, key: str, row: Mapping[str, Tensor]) -> None:
+        """Store float32, float16 and int64 tensors; they are on the disk after the next `flush`, or when enough have come."""
+        self._waiting[key] = {name: value.detach().cpu().contiguous() for name, value in row.items()}
+        size = sum(t.numel() * t.element_size() for t in self._waiting[key].values()) * len(self._waiting)
+        if size >= FLUSH_BYTES or time.monotonic() - self._since > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put what waits on the disk.
+
+        Raises: StoreError: it does not fit or cannot be written; nothing half-written is left.
+        """
+        rows, stamps = self._waiting, self._new_stamps
+        self._since = time.monotonic()
+        if not rows and not stamps:
+            return
+        names = sorted(next(iter(rows.values()), {}))
+        tensors = {name: torch.stack([row[name] for row in rows.values()]) for name in names}
+        checksums = [digest(*(row[name].numpy().tobytes() for name in names)) for row in rows.values()]
+        about = {"keys": list(rows), "checksums": checksums, "stamps": stamps}
+        metadata = {name: json.dumps(value) for name, value in about.items()}
+        path = self.folder / f"{time.time_ns():x}-{secrets.token_hex(4)}.safetensors"
+        self._write(path, safetensors.torch.save(tensors, metadata))
+        self._waiting, self._new_stamps = {}, {}
+        self.scan()
+
+    def _write(self, path: Path, content: bytes) -> None:
+        try:
+            with atomic(path) as file:
+                file.write(content)
+        except ImageError as error:
+            free = shutil.disk_usage(self.folder).free / 2**20
+            raise StoreError(
+                f"cache.folder: {error} ({len(content) / 2**20:.1f} MiB, {free:.1f} MiB are free); "
+                "what is cached stays valid, the same command continues"
+            ) from None
+
+
+def _open(path: Path) -> tuple[_File, list[str], list[str], dict[str, str]]:
+    """A file's layout, its keys, their checksums and the stamps in it. Raises: ValueError, KeyError: it is not as we write it."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError("cut off")
+        header = json.loads(file.read(length))
+    about = {name: json.loads(value) for name, value in header.pop("__metadata__").items()}
+    # names in order, as the checksums take them
+    tensors = {
+        name: (_TYPES[entry["dtype"]], tuple(entry["shape"][1:]), 8 + length + entry["data_offsets"][0])
+        for name, entry in sorted(header.items())
+    }
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if path.stat().st_size != end or any(
+        entry["shape"][0] != len(about["keys"]) for entry in header.values()
+    ):
+        raise ValueError("cut off")
+    return _File(path, tensors), about["keys"], about["checksums"], about["stamps"]

@@ -1,0 +1,47 @@
+"""New generators of classes by name: `HybridDiT`, and diffusers' DiT and UNet with what they need to be trained here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import DiTTransformer2DModel, UNet2DModel
+
+from visionhybrid.diffusion.hybrid_dit import HybridDiT
+from visionhybrid.diffusion.pipeline import HybridDiTPipeline, UNetPipeline
+
+# name -> model, and the pipeline that draws with it
+MODELS: dict[str, tuple[type[Any], type[Any]]] = {
+    "hybrid_dit": (HybridDiT, HybridDiTPipeline),
+    "dit": (DiTTransformer2DModel, HybridDiTPipeline),
+    "unet": (UNet2DModel, UNetPipeline),
+}
+
+
+def create(name: str, *, side: int, channels: int, classes: int, **options: Any) -> Any:
+    """An untrained model.
+
+    Args:
+        side, channels: of what it is trained on. classes: 0: unconditional. options: further keywords of its class.
+    Raises: ValueError, TypeError: options that make no model, or one for other data.
+    """
+    given: dict[str, Any] = {"sample_size": side, "in_channels": channels}
+    if name == "unet":
+        given |= {"out_channels": channels, "num_class_embeds": classes + 1 if classes else None}
+    elif name == "dit":
+        if not classes:
+            raise ValueError("'dit' needs classes (data.num_classes)")
+        given |= {"norm_type": "ada_norm_zero", "num_embeds_ada_norm": classes}
+    else:
+        given |= {"num_classes": classes}
+    model = MODELS[name][0](**{**given, **options})
+    has = model.config
+    if (has.in_channels, has.out_channels or has.in_channels) != (channels, channels):
+        raise ValueError(
+            f"in_channels and out_channels are those of the data, {channels}, got {has.in_channels} and "
+            f"{has.out_channels}: a predicted variance cannot be trained here"
+        )
+    if isinstance(model, DiTTransformer2DModel):
+        for module in model.modules():  # classes are dropped with the image, not in the model
+            if hasattr(module, "dropout_prob"):
+                module.dropout_prob = 0.0
+    return model

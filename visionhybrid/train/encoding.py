@@ -1,0 +1,216 @@
+"""Filling a store: images and captions are encoded once, by all processes of a run together, before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from visionhybrid.data.classification import LabelledImages
+from visionhybrid.data.errors import CorruptSample
+from visionhybrid.data.latents import Cut, Latents, image_key
+from visionhybrid.data.store import Store, digest
+from visionhybrid.diffusion.autoencoder import Autoencoder
+from visionhybrid.infer.progress import bar
+from visionhybrid.train.config import Cache
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+Row = dict[str, Tensor]
+
+
+def encode_images(
+    images: LabelledImages,
+    vae: Autoencoder,
+    size: int,
+    cache: Cache,
+    *,
+    flip: float,
+    draw: str,
+    notes: list[str],
+) -> Latents:
+    """The latents of `images` at `size` pixels; those that the cache lacks are encoded. What was left out goes to `notes`.
+
+    Raises: StoreError: the cache cannot be written. ValueError: no image can be read.
+    """
+    cut, views, dtype = Cut(size), 1 + (flip > 0), DTYPES[cache.precision]
+    store = Store(
+        cache.folder,
+        {
+            "kind": "latents",
+            "vae": vae.fingerprint(),
+            "image": f"{images.mode}, shorter side {size} bicubic, central square",
+            "views": ["plain", "mirrored"][:views],
+            "precision": cache.precision,
+        },
+    )
+    notes += store.scan()
+    keys: dict[int, str] = {}
+    labels: dict[int, int] = {}
+    problems: dict[int, CorruptSample] = {}
+
+    def look(index: int) -> tuple[str, Any] | None:
+        try:
+            image, labels[index] = images.read(index)
+        except CorruptSample as error:
+            problems[index] = error
+            return None
+        keys[index] = key = image_key(image)
+        known = images.source.peek(index)
+        store.note(known[0] if known else "", key)
+        return key, image
+
+    def encode(batch: list[Any]) -> list[Row]:
+        pixels = torch.stack([cut(image) for image in batch]).to(vae.net.device)
+        both = [pixels, pixels.flip(3)][:views]
+        moments = torch.stack([vae.moments(view) for view in both], 1).to(dtype)  # (B, views, C, h, w)
+        if not moments.isfinite().all():
+            raise ValueError(f"latent.vae: its latents are not finite in {cache.precision}")
+        return [
+            {
+                "moments": row,
+                "size": torch.tensor(image.size[::-1]),
+                "corner": torch.tensor(cut.corner(image)),
+            }
+            for row, image in zip(moments, batch, strict=True)
+        ]
+
+    def remembered(index: int) -> bool:
+        known = images.source.peek(index)
+        key = store.stamps.get(known[0]) if known else None
+        if known is None or key is None or key not in store:
+            return False
+        keys[index], labels[index] = key, known[1]
+        return True
+
+    wanted = [index for index in range(len(images)) if not remembered(index)]
+    with on_device(vae.net):
+        fill(store, wanted, look, encode, batch=cache.batch, what="encoding images")
+    for index in wanted:
+        if index not in keys and index not in problems and not remembered(index):
+            look(index)  # another process encoded it, and its source has no stamps
+    if problems:
+        first = problems[min(problems)]
+        notes.append(
+            f"{len(problems)} of {len(images)} images cannot be read and are left out, first {first}"
+        )
+    if not keys:
+        raise ValueError(f"data: none of {len(images)} images can be read")
+    return Latents(
+        images,
+        store,
+        [keys.get(index) for index in range(len(images))],
+        [labels.get(index, -1) for index in range(len(images))],
+        vae.affine,
+        stochastic=vae.stochastic,
+        draw=draw,
+        flip=flip,
+    )
+
+
+class Texts:
+    """Encoded captions by number; the number after the last is that of no caption."""
+
+    def __init__(self, store: Store, keys: Sequence[str]) -> None:
+        self.store, self.keys = store, keys
+
+    def __getitem__(self, number: int) -> Row:
+        row = self.store.row(self.keys[number])
+        return {name: value.float() if value.is_floating_point() else value for name, value in row.items()}
+
+
+def encode_captions(
+    captions: Sequence[str],
+    encode: Callable[[list[str]], Row],
+    nothing: Callable[[], Row],
+    cache: Cache,
+    *,
+    facts: dict[str, Any],
+    notes: list[str],
+) -> Texts:
+    """`captions` encoded, and after the last one what stands for none.
+
+    Args:
+        encode: texts -> tensors with a row for each. nothing: the same for no text. facts: what the rows depend on.
+    """
+    store = Store(cache.folder, {"kind": "captions", "precision": cache.precision, **facts})
+    notes += store.scan()
+    keys = [digest(b"caption", text.encode()) for text in captions] + [digest(b"nothing")]
+    dtype = DTYPES[cache.precision]
+
+    def rows(found: Row) -> list[Row]:
+        found = {n: v.to(dtype) if v.is_floating_point() else v.long() for n, v in found.items()}
+        return [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+
+    def work(batch: list[Any]) -> list[Row]:
+        texts = [text for text in batch if text is not None]
+        done = rows(encode(texts)) if texts else []
+        return done + (rows(nothing()) if len(texts) < len(batch) else [])
+
+    first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
+    wanted = [index for key, index in first.items() if key not in store]
+    items: list[str | None] = [*captions, None]
+    # no caption is last in every process's share, so that its row is last in its batch
+    fill(
+        store,
+        sorted(wanted),
+        lambda i: (keys[i], items[i]),
+        work,
+        batch=cache.batch,
+        what="encoding captions",
+    )
+    return Texts(store, keys)
+
+
+def fill(
+    store: Store,
+    wanted: Sequence[int],
+    look: Callable[[int], tuple[str, Any] | None],
+    encode: Callable[[list[Any]], list[Row]],
+    *,
+    batch: int,
+    what: str,
+) -> None:
+    """Add what `store` lacks, each process its share of `wanted`; afterwards every process sees all.
+
+    Args:
+        look: number -> key and what is to be encoded; None: nothing. encode: so many of these -> their rows.
+    """
+    state = PartialState()
+    mine = wanted[state.process_index :: state.num_processes]
+    waiting: dict[str, Any] = {}
+
+    def work() -> None:
+        for key, row in zip(waiting, encode([*waiting.values()]), strict=True):
+            store.add(key, row)
+        waiting.clear()
+
+    with bar(state.is_main_process, what) as update, torch.no_grad():
+        for done, index in enumerate(mine):
+            found = look(index)
+            if found is not None and found[0] not in store:
+                waiting[found[0]] = found[1]
+            if len(waiting) == batch:
+                work()
+            update(done / len(mine))
+        if waiting:
+            work()
+        store.flush()
+    state.wait_for_everyone()
+    store.scan()
+
+
+@contextmanager
+def on_device(*nets: nn.Module) -> Iterator[None]:
+    """`nets` are on this process's device inside, on the CPU outside."""
+    for net in nets:
+        net.to(PartialState().device)
+    try:
+        yield
+    finally:
+        for net in nets:
+            net.to("cpu")

@@ -1,0 +1,219 @@
+"""What the task `generation` trains: a new model on classes, or the denoiser of a pipeline on captions.
+
+Both kinds say how a model is made, opened and called, and how pictures are drawn with it; `generate.Generate` does the rest.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionhybrid.diffusion.autoencoder import Autoencoder, open_autoencoder
+from visionhybrid.diffusion.denoisers import Inputs, family_of, open_any
+from visionhybrid.diffusion.new import MODELS, create
+from visionhybrid.train.config import ConfigError, Generation, Sampling
+
+RELEASED = "pipeline"  # a diffusers folder in the run directory
+
+
+def open_generator(config: Generation) -> NewModel | OfPipeline:
+    """Raises: ConfigError: the config names no model, or parts that do not fit each other."""
+    name, pipeline = config.model.name, config.model.pipeline
+    if (name == "pipeline") != bool(pipeline):
+        raise ConfigError("model: name=pipeline and pipeline=FOLDER belong together")
+    if name != "pipeline" and name not in MODELS:
+        raise ConfigError(
+            f"model.name: a generator is 'pipeline', {', '.join(map(repr, MODELS))}, got {name!r}"
+        )
+    return OfPipeline(config) if pipeline else NewModel(config)
+
+
+class NewModel:
+    """A model by its name and options, in pixels or latents, of classes or without."""
+
+    scheduler: Any = None  # the noise is the config's business
+
+    def __init__(self, config: Generation) -> None:
+        self.config = config
+        self.kind, self.pipeline_kind = MODELS[config.model.name]
+        self.vae = _checked(config, Autoencoder(_vae(config))) if config.latent.vae else None
+        channels, factor = (self.vae.channels, self.vae.factor) if self.vae else (config.channels, 1)
+        self.shape = channels, config.data.image_size // factor, config.data.image_size // factor
+
+    def build(self) -> nn.Module:
+        """A new model, or that at `model.start`."""
+        config, (channels, side, _) = self.config, self.shape
+        given = {"side": side, "channels": channels, "classes": config.data.num_classes}
+        try:
+            net = create(config.model.name, **given, **config.model.options)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise ConfigError(f"model.options: {error}") from None
+        if config.model.start:
+            net.load_state_dict(self.open(config.model.start).state_dict(), strict=config.model.start_strict)
+        return net
+
+    def open(self, path: str | Path) -> nn.Module:
+        """The model of a run directory, of a pipeline's folder, or by itself."""
+        path, part = Path(path), self.pipeline_kind.part
+        for folder in (path / RELEASED / part, path / part, path):
+            if (folder / "config.json").is_file() and not (folder / RELEASED).is_dir():
+                return self.kind.from_pretrained(folder, use_safetensors=True).eval()
+        raise ConfigError(
+            f"{path}: no {self.kind.__name__}; give a run directory, its {RELEASED} folder, or a diffusers folder"
+        )
+
+    def inputs(self, x: Tensor, times: Tensor, given: Mapping[str, Tensor]) -> Inputs:
+        label = given["label"] if self.config.data.num_classes else None
+        return (x, times, label), {"return_dict": False}
+
+    def target(self, x: Tensor) -> Tensor:
+        return x
+
+    def saved(self, model: nn.Module, scheduler: Any, names: Sequence[str], path: Path) -> None:
+        """A diffusers folder."""
+        self._pipeline(model, scheduler, names).save_pretrained(path)
+
+    def _pipeline(self, model: nn.Module, scheduler: Any, names: Sequence[str] = ()) -> Any:
+        pipe = self.pipeline_kind(
+            model, scheduler, vae=self.vae.net if self.vae else None, labels=list(names)
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def draw(
+        self,
+        model: nn.Module,
+        scheduler: Any,
+        wanted: Sequence[int],
+        seeds: Sequence[int],
+        sampling: Sampling,
+    ) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] on the CPU of the classes `wanted`, each from the noise of its own seed."""
+        device = next(model.parameters()).device
+        noise = torch.stack([noise_of(self.shape, seed) for seed in seeds])
+        found = self._pipeline(model, scheduler).to(device)(
+            list(wanted) if self.config.data.num_classes else None,
+            num_images=len(noise),
+            guidance_scale=sampling.guidance,
+            num_inference_steps=sampling.steps,
+            latents=noise.to(device),
+            output_type="pt",
+        )
+        return found.images.cpu()
+
+
+class OfPipeline:
+    """The denoiser of a text-to-image pipeline of diffusers."""
+
+    def __init__(self, config: Generation) -> None:
+        self.config = config
+        if config.latent.vae or config.model.options:
+            raise ConfigError("latent.vae and model.options: a pipeline brings its own autoencoder and model")
+        try:
+            self.pipe = open_any(config.model.pipeline)
+            self.family = family_of(self.pipe, config.text.max_length)
+        except ValueError as error:
+            raise ConfigError(f"model.pipeline: {error}") from None
+        self.vae = _checked(config, Autoencoder(self.pipe.vae), self.family.patch)
+        channels, side = self.vae.channels, config.data.image_size // self.vae.factor
+        if self.family.channels != channels:
+            raise ConfigError(
+                f"model.pipeline: the denoiser takes {self.family.channels} channels, latents have {channels}; "
+                "pipelines for inpainting, depth or editing cannot be trained here"
+            )
+        self.shape = channels, side, side
+        self.scheduler: Any = self.pipe.scheduler
+
+    def build(self) -> nn.Module:
+        """A copy of the pipeline's denoiser, with the mixers it has, or that at `model.start`."""
+        if self.config.model.start:
+            return self.open(self.config.model.start)
+        return copy.deepcopy(self.family.model)
+
+    def open(self, path: str | Path) -> nn.Module:
+        """The denoiser of a run directory or of a diffusers folder of such a pipeline."""
+        found = next(
+            (f for f in (Path(path) / RELEASED, Path(path)) if (f / "model_index.json").is_file()), None
+        )
+        if found is None:
+            raise ConfigError(f"{path}: no pipeline; give a run directory or a diffusers folder")
+        others = {name: part for name, part in self.pipe.components.items() if name != self.family.denoiser}
+        return getattr(open_any(str(found), **others), self.family.denoiser).eval()
+
+    def inputs(self, x: Tensor, times: Tensor, given: Mapping[str, Tensor]) -> Inputs:
+        return self.family.inputs(x, times, given)
+
+    def target(self, x: Tensor) -> Tensor:
+        return self.family.target(x)
+
+    def saved(self, model: nn.Module, scheduler: Any, names: Sequence[str], path: Path) -> None:
+        """The pipeline with `model` in it, as a diffusers folder."""
+        with self._holding(model):
+            self.pipe.save_pretrained(path)
+
+    @contextmanager
+    def _holding(self, model: nn.Module) -> Iterator[None]:
+        own = self.family.model
+        self.pipe.register_modules(**{self.family.denoiser: model})
+        try:
+            yield
+        finally:
+            self.pipe.register_modules(**{self.family.denoiser: own})
+
+    def draw(
+        self,
+        model: nn.Module,
+        scheduler: Any,
+        wanted: Sequence[str],
+        seeds: Sequence[int],
+        sampling: Sampling,
+    ) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] on the CPU of the prompts `wanted`, each from the noise of its own seed."""
+        device, size = next(model.parameters()).device, self.config.data.image_size
+        others = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
+        with self._holding(model):
+            self.pipe.set_progress_bar_config(disable=True)
+            try:
+                found = self.pipe.to(device)(
+                    prompt=list(wanted),
+                    height=size,
+                    width=size,
+                    guidance_scale=sampling.guidance,
+                    num_inference_steps=sampling.steps,
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                    output_type="pt",
+                    **self.family.call,
+                    **self.family.length,
+                )
+            finally:
+                for part in others:  # the memory is the training's
+                    part.to("cpu")
+        return found.images.cpu()
+
+
+def _vae(config: Generation) -> Any:
+    try:
+        return open_autoencoder(config.latent.vae)
+    except ValueError as error:
+        raise ConfigError(f"latent.vae: {error}") from None
+
+
+def _checked(config: Generation, vae: Autoencoder, patch: int = 1) -> Autoencoder:
+    size, unit = config.data.image_size, vae.factor * patch
+    if size % unit:
+        raise ConfigError(
+            f"data.image_size: {size} is no multiple of {unit}, what the autoencoder and patches take"
+        )
+    if vae.colours != config.channels:
+        raise ConfigError(f"channels: the autoencoder takes images of {vae.colours}, got {config.channels}")
+    return vae
+
+
+def noise_of(shape: Sequence[int], seed: int) -> Tensor:
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
