@@ -70,7 +70,7 @@ class Grafts:
     """See `task.Task`: mixed into one, before it. Metrics beside its own: distance, |student - teacher|^2 / |teacher|^2 of the
     outputs on held-out images.
 
-    The task has `exercise(batch)`, `held_out_inputs(device, count)`, `open`, and here `distances(output, wanted)`.
+    The task has `exercise(batch)`, `held_out_inputs(device, count)`, `open`, and here `distances(output, wanted, asked)`.
     """
 
     config: Any
@@ -86,7 +86,7 @@ class Grafts:
     def open_teacher(self) -> nn.Module:
         raise NotImplementedError
 
-    def distances(self, output: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+    def distances(self, output: Tensor, wanted: Tensor, asked: Any) -> dict[str, Tensor]:
         """Between outputs of student and teacher: name -> scalar; `Grafting` has a weight for each, `<name>_weight`."""
         raise NotImplementedError
 
@@ -122,7 +122,11 @@ class Grafts:
     def _grafted(self) -> nn.Module:
         config, student = self.graft, self.new_student()
         layers = list(config.layers) or None
-        visionhybrid.attach(student, config.mixer, layers=layers, **config.mixer_options)
+        table = {
+            pattern: (config.mixer, {**config.mixer_options, **options})
+            for pattern, options in {**config.by_layer, "*": {}}.items()
+        }
+        visionhybrid.attach(student, table, layers=layers)
         if config.projections == "fresh":
             for name in self.changed(student):
                 for part in PROJECTIONS:
@@ -188,7 +192,7 @@ class Grafts:
             return asked.loss(found if isinstance(found, Tensor) else found[0]), {}
         terms = {
             "task": asked.loss(found.prediction),
-            **self.distances(found.prediction.float(), found.wanted),
+            **self.distances(found.prediction.float(), found.wanted, asked),
             "feature": found.features,
         }
         total = torch.stack(

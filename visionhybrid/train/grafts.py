@@ -14,39 +14,41 @@ from torch.nn import functional as F
 import visionhybrid
 from visionhybrid.data.errors import CorruptSample
 from visionhybrid.diffusion import HybridDiT
+from visionhybrid.diffusion.dit_weights import read_dit
 from visionhybrid.hosts.timm.modules import from_bytes
 from visionhybrid.models.checkpoint.containers import clean, unwrap
 from visionhybrid.models.checkpoint.files import read
-from visionhybrid.train import config as configs
 from visionhybrid.train import start
 from visionhybrid.train.classify import Classify
 from visionhybrid.train.config import ConfigError
 from visionhybrid.train.distill import Inputs
-from visionhybrid.train.generate import Generate
-from visionhybrid.train.graft import Grafts
+from visionhybrid.train.generate import Exercise, Generate
+from visionhybrid.train.generators import OfPipeline
+from visionhybrid.train.graft import Grafted, Grafts
 from visionhybrid.train.sampler import Sample
 
 
 class GraftGenerator(Grafts, Generate):
     """Mixers in a generator: `HybridDiT`, or the denoiser of a pipeline. The output is compared by squared error."""
 
-    def __init__(self, config: configs.Graft) -> None:
-        super().__init__(config)
-        if not isinstance(self.teacher, HybridDiT):
-            return
-        has = self.teacher.config
-        wanted = (self.config.channels, self.config.data.image_size, self.config.data.num_classes)
-        if wanted != (has.in_channels, has.sample_size, has.num_classes):
-            raise ConfigError(
-                f"teacher: made for (channels, size, classes) {(has.in_channels, has.sample_size, has.num_classes)}, "
-                f"the recipe's data has {wanted}"
-            )
-
     def open_teacher(self) -> nn.Module:
-        path = self.graft.teacher or self.config.model.pipeline
+        path, generator = self.graft.teacher, self.generator
+        if isinstance(generator, OfPipeline):
+            return self.open(path) if path else generator.family.model
         if not path:
             raise ConfigError("teacher: name the generator to imitate, as in teacher=runs/hybrid_dit_digits")
-        return self.open(path)
+        teacher = read_dit(path) if Path(path).is_file() else self.open(path)
+        if isinstance(teacher, HybridDiT):
+            self._check(teacher)
+        return teacher
+
+    def _check(self, teacher: HybridDiT) -> None:
+        has, (channels, side, _) = teacher.config, self.generator.shape
+        made = has.in_channels, has.sample_size, has.num_classes
+        if made != (wanted := (channels, side, self.config.data.num_classes)):
+            raise ConfigError(
+                f"teacher: made for (channels, size, classes) {made}, the recipe's data has {wanted}"
+            )
 
     def new_student(self) -> nn.Module:
         options = self.config.model.options
@@ -65,17 +67,15 @@ class GraftGenerator(Grafts, Generate):
         student.load_state_dict(taken, strict=False)
         return student
 
-    def distances(self, output: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-        count = self.channels_of_target
+    def distances(self, output: Tensor, wanted: Tensor, asked: Exercise) -> dict[str, Tensor]:
+        count = asked.target.shape[1]
         found = {"output": F.mse_loss(output[:, :count], wanted[:, :count])}
         if output.shape[1] > count:
             found["variance"] = F.mse_loss(output[:, count:], wanted[:, count:])
         return found
 
-    @property
-    def channels_of_target(self) -> int:
-        config: Any = self.teacher.config
-        return config.in_channels
+    def bare(self, model: nn.Module) -> nn.Module:
+        return model.student if isinstance(model, Grafted) else model
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class GraftClassifier(Grafts, Classify):
             raise ValueError("no held-out image could be read")
         return (torch.stack(found).to(device),), {}
 
-    def distances(self, output: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+    def distances(self, output: Tensor, wanted: Tensor, asked: Labelled) -> dict[str, Tensor]:
         ours, theirs = output.log_softmax(1), wanted.log_softmax(1)
         return {"output": F.kl_div(ours, theirs, reduction="batchmean", log_target=True)}
 

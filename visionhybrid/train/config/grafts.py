@@ -30,6 +30,8 @@ class Grafting:
     teacher: str = ""  # what is imitated: a run directory, a diffusers folder or a checkpoint
     mixer: str = "linfusion"
     mixer_options: dict[str, Any] = field(default_factory=dict)
+    # selector of `visionhybrid.attach` -> options that its layers get besides; the first one that fits counts
+    by_layer: dict[str, dict[str, Any]] = field(default_factory=dict)
     layers: tuple[str, ...] = ()  # selectors of `visionhybrid.attach`; empty: all
     # largest relative squared error of the output after the first phase; layers that cost most for what they save stay
     budget: float | None = None
