@@ -88,6 +88,7 @@ def _scan_ops() -> list[tuple[Any, tuple]]:
         (ops.scan, args(False, False)),
         (ops.scan_backward, (torch.randn(2, 4, 7), *plain)),
         (ops.scan_backward, (torch.randn(2, 4, 3, 7), *states)),
+        *([] if scan.native.unsupported(*plain) else [(scan.native.OPERATORS.scan, args(True, True))]),
     ]
 
 

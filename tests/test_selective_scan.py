@@ -4,9 +4,13 @@ import pytest
 import torch
 from golden import list_cases, load_case
 
+from visionhybrid.kernels import compiler, dispatch, why
 from visionhybrid.kernels.selective_scan import arguments, eager, selective_scan
 
-BACKENDS = ("reference", "eager")
+NATIVE = pytest.param(
+    "native", marks=pytest.mark.skipif(compiler.missing() is not None, reason=str(compiler.missing()))
+)
+BACKENDS = ("reference", "eager", NATIVE)
 CASES = [name for name in list_cases() if name.startswith(("scan_", "scanstate_"))]
 
 
@@ -53,7 +57,7 @@ def problem(batch=2, channels=6, length=37, N=2, groups=2, dtype=torch.float64):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_direction_for_each_group(backend):
     """Reversed is flipped, scanned, flipped; and groups do not touch."""
-    given = problem()
+    given = problem(dtype=torch.float32)
 
     def flipped(x):
         return x.flip(-1) if isinstance(x, torch.Tensor) and x.ndim > 2 else x
@@ -85,32 +89,92 @@ def test_chunks_do_not_show(chunk, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-def test_half_precision_keeps_large_states():
+@pytest.mark.parametrize("length", [15, 16, 17, 512, 1100])
+@pytest.mark.parametrize("backend", ["eager", NATIVE])
+def test_blocks_do_not_show(backend, length):
+    """Lengths about those of a vector and of the blocks, in both directions, with and without an output."""
+    given = problem(length=length, dtype=torch.float32) | dict(reverse=(False, True))
+    for call in (given, given | dict(C=None, D=None)):
+        got, want = (selective_scan(**call, backend=name) for name in (backend, "reference"))
+        assert (got - want).norm() <= 1e-6 * want.norm()
+
+
+@pytest.mark.parametrize("backend", ["eager", NATIVE])
+def test_half_precision_keeps_large_states(backend):
     """Slow decay over 4000 tokens: states near 4000 and increments near 1 that a half-precision state would lose."""
     u = torch.ones(1, 1, 4000)
     given = dict(delta=torch.ones(1, 1, 4000), A=torch.full((1, 1), -1e-5), B=torch.ones(1, 1, 1, 4000))
     half = {k: x if k == "A" else x.bfloat16() for k, x in given.items()}
-    states = selective_scan(u.bfloat16(), **half)
+    states = selective_scan(u.bfloat16(), **half, backend=backend)
     assert states.dtype == torch.float32
     torch.testing.assert_close(
         states.double(), selective_scan(u, **given, backend="reference"), rtol=1e-4, atol=0
     )
 
 
-def test_extreme_steps():
+@pytest.mark.parametrize("backend", ["eager", NATIVE])
+def test_extreme_steps(backend):
     """softplus far below zero is 0 and passes the state on; far above it forgets; nothing overflows."""
     given = problem(dtype=torch.float32)
     given["delta"] = 100 * given["delta"]
     leaves = [x.requires_grad_() for x in given.values() if isinstance(x, torch.Tensor)]
-    got, want = (selective_scan(**given, backend=backend) for backend in ("eager", "reference"))
+    got, want = (selective_scan(**given, backend=name) for name in (backend, "reference"))
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
     for grad in torch.autograd.grad(got, leaves, torch.randn_like(got)):
         assert torch.isfinite(grad).all()
 
 
-def test_a_batch_of_none():
-    given = problem(batch=0)
-    assert selective_scan(**given).shape == (0, 6, 37)
+@pytest.mark.parametrize("backend", ["eager", NATIVE])
+def test_not_a_number_stays_one(backend):
+    """From its token on, in its channel alone."""
+    given = problem(dtype=torch.float32)
+    given["delta"][0, 1, 20] = torch.nan
+    lost = selective_scan(**given, backend=backend).isnan()
+    assert lost[0, 1, 20:].all()
+    assert lost.sum() == 17
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_of_none(backend):
+    given = problem(batch=0, dtype=torch.float32)
+    assert selective_scan(**given, backend=backend).shape == (0, 6, 37)
+
+
+def test_compiled_code_is_asked_for(monkeypatch):
+    """By name, or for "auto" by the environment; without a compiler the reason names what is missing."""
+    given = problem(dtype=torch.float32)
+    monkeypatch.setattr(compiler, "COMPILER", ["c++"])
+    assert why("selective_scan", **given)["eager"] == "chosen"
+    monkeypatch.setattr(dispatch, "NATIVE", True)
+    assert why("selective_scan", **given)["native"] == "chosen"
+    assert "float64" in why("selective_scan", **problem())["native"]
+    monkeypatch.setattr(compiler, "COMPILER", None)
+    assert why("selective_scan", **given)["eager"] == "chosen"
+    with pytest.raises(
+        ValueError, match=r"backend 'native' cannot run this call: needs a C\+\+ compiler: none of"
+    ):
+        selective_scan(**given, backend="native")
+
+
+@pytest.mark.skipif(compiler.missing() is not None, reason=str(compiler.missing()))
+def test_it_is_compiled_once_and_a_failure_is_quoted(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "op" / "native.cpp"
+    source.parent.mkdir()
+    source.write_text('extern "C" int answer() { return 42; }')
+    assert compiler.library(source).answer() == 42
+    compiler.library.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(compiler, "FLAGS", [*compiler.FLAGS, "-DOTHER"])
+        assert compiler.library(source).answer() == 42
+    compiler.library.cache_clear()
+    assert len(list((tmp_path / "visionhybrid").iterdir())) == 2
+    assert compiler.library(source).answer() == 42
+    assert len(list((tmp_path / "visionhybrid").iterdir())) == 2
+    source.write_text("no C++")
+    compiler.library.cache_clear()
+    with pytest.raises(RuntimeError, match=r"op: cannot compile .*native.cpp, use backend='eager'.* error: "):
+        compiler.library(source)
 
 
 def test_the_reference_has_second_derivatives():

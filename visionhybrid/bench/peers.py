@@ -17,7 +17,10 @@ def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def steps(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor, C: Tensor | None = None
 ) -> Tensor:
-    """The recurrence as the authors' reference has it: decays and inputs first, then one step a token."""
+    """The recurrence as the authors' reference has it: decays and inputs first, then one step a token.
+
+    Without `C` the states, (batch, channels, N, L).
+    """
     delta = F.softplus(delta + delta_bias[:, None])
     decay = torch.exp(torch.einsum("bdl,dn->bdln", delta, A))
     entering = torch.einsum("bdl,bnl,bdl->bdln", delta, B, u)
@@ -25,6 +28,19 @@ def steps(
     for t in range(u.shape[2]):
         h = decay[:, :, t] * h + entering[:, :, t]
         out.append(h if C is None else torch.einsum("bdn,bn->bd", h, C[:, :, t]))
+    return torch.stack(out, -1)
+
+
+def recurrence(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor, C: Tensor | None = None
+) -> Tensor:
+    """The definition in the inputs' type, as `selective_scan/reference.py` has it in float64: all of a token, then the next."""
+    delta = F.softplus(delta + delta_bias[:, None])
+    h, out = u.new_zeros(*u.shape[:2], A.shape[1]), []
+    for t in range(u.shape[2]):
+        step = delta[:, :, t, None]
+        h = torch.exp(step * A) * h + step * B[:, None, :, t] * u[:, :, t, None]
+        out.append(h if C is None else (h * C[:, None, :, t]).sum(-1))
     return torch.stack(out, -1)
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 # Read once: a lookup at every call would break `torch.compile(fullgraph=True)`.
 PREFERRED = os.environ.get("VISIONHYBRID_BACKEND", "auto")
+# Whether "auto" may take C++, which is compiled at the first call.
+NATIVE = os.environ.get("VISIONHYBRID_NATIVE") == "1"
 
 
 def pick(op: str, backends: Mapping[str, ModuleType], backend: str, args: tuple[Any, ...]) -> ModuleType:
@@ -42,7 +44,9 @@ def pick(op: str, backends: Mapping[str, ModuleType], backend: str, args: tuple[
 
 
 def _automatic(name: str, args: tuple[Any, ...]) -> bool:
-    """Whether "auto" may take this backend: never the reference, never Triton's interpreter (Triton on CPU tensors)."""
+    """Whether "auto" may take this backend: never the reference, never Triton's interpreter (Triton on CPU tensors), C++ if asked."""
+    if name == "native":
+        return NATIVE
     if name == "triton":
         return any(isinstance(arg, Tensor) and arg.device.type != "cpu" for arg in args)
     return name != "reference"

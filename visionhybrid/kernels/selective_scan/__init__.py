@@ -18,10 +18,10 @@ from torch import Tensor
 
 from visionhybrid.kernels.dispatch import pick
 from visionhybrid.kernels.precision import autocast
-from visionhybrid.kernels.selective_scan import eager, plain, reference
+from visionhybrid.kernels.selective_scan import eager, native, plain, reference
 from visionhybrid.kernels.shapes import Float, checked
 
-BACKENDS: dict[str, Any] = {"reference": reference, "eager": eager}
+BACKENDS: dict[str, Any] = {"reference": reference, "eager": eager, "native": native}
 if find_spec("triton"):  # it exists for Linux only
     from visionhybrid.kernels.selective_scan import triton
 
@@ -109,8 +109,8 @@ def selective_scan(
         delta_softplus: without it d is delta + delta_bias as given, and may be negative.
         reverse: run from the last token to the first; one for all, or one for each group. The four scans of a cross-scan are
             one call with four groups, the reversed two sharing u, delta, B, C with their partners in token order.
-        backend: "auto", "eager", "triton", or "reference" (float64, one step per token, differentiable twice). For ONNX
-            "auto" takes `plain.py`.
+        backend: "auto", "eager", "native" (C++, see `native.py`), "triton", or "reference" (float64, one step per token,
+            differentiable twice). For ONNX "auto" takes `plain.py`.
     Returns: y (batch, channels, L) in the dtype of u; without C the states h (batch, channels, N, L), float32 for half
         precision. Steps, decays and states are float32 throughout (float64 for float64): h sums hundreds of tokens.
         Under autocast u, delta, B, C are cast to its type first.
