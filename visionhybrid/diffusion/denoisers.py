@@ -11,7 +11,9 @@ and its pipelines' names in `FAMILIES`.
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -33,7 +35,8 @@ class Family:
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     call: ClassVar[dict[str, Any]] = {}
-    patch: ClassVar[int] = 2  # sides of latents are multiples of it
+    patch: ClassVar[int] = 2  # sides of latents are multiples of it,
+    least: ClassVar[int] = 1  # and those of images multiples of this, the pipeline says
     has_length: ClassVar[bool] = True  # whether `max_length` means something
 
     def __init__(self, pipe: Any, max_length: int = 0) -> None:
@@ -50,6 +53,11 @@ class Family:
     def factor(self) -> int:
         """Pixels to a latent's side."""
         return self.pipe.vae_scale_factor
+
+    @property
+    def unit(self) -> int:
+        """What the sides of images are multiples of."""
+        return math.lcm(self.factor * self.patch, self.least)
 
     @property
     def channels(self) -> int:
@@ -97,7 +105,7 @@ class StableDiffusion(Family):
     """SD 1.x and 2.x."""
 
     denoiser = "unet"
-    patch = 1
+    patch, least = 1, 8
     has_length = False
 
     def __init__(self, pipe: Any, max_length: int = 0) -> None:
@@ -139,6 +147,7 @@ class StableDiffusionXL(StableDiffusion):
 
 
 class PixArt(Family):
+    least = 8
     call: ClassVar[dict[str, Any]] = {"use_resolution_binning": False, "clean_caption": False}
 
     def encode(self, captions: list[str]) -> Row:
@@ -163,11 +172,27 @@ class PixArt(Family):
 
 
 class Sana(Family):
-    patch = 1
+    patch, least = 1, 32
     call: ClassVar[dict[str, Any]] = {"use_resolution_binning": False, "clean_caption": False}
 
     def encode(self, captions: list[str]) -> Row:
-        text, mask, _, _ = self.pipe.encode_prompt(captions, False, device=self._device, **self.length)
+        return self._encode(captions, self._instruction)
+
+    def nothing(self) -> Row:
+        return self._encode([""], None)
+
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "instruction": self._instruction}
+
+    @property
+    def _instruction(self) -> Any:
+        """What the pipeline tells its text encoder to do with a prompt, but not with a negative one."""
+        return inspect.signature(type(self.pipe).__call__).parameters["complex_human_instruction"].default
+
+    def _encode(self, captions: list[str], instruction: Any) -> Row:
+        text, mask, _, _ = self.pipe.encode_prompt(
+            captions, False, device=self._device, complex_human_instruction=instruction, **self.length
+        )
         return {"text": text, "mask": mask}
 
     def inputs(self, x: Tensor, times: Tensor, given: Mapping[str, Tensor]) -> Inputs:

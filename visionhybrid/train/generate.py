@@ -256,6 +256,8 @@ class Generate:
         wanted: Sequence[Any] = self.prompts or range(classes) or [0] * sampling.classes
         names = self.prompts or self.train_set.classes or tuple(map(str, range(classes)))
         rows, seeds = wanted[: sampling.classes], [mix(0, "sheet", column) for column in range(sampling.each)]
+        if not rows or not seeds:
+            return []
         drawn = [self.draw(model, [row] * len(seeds), seeds) for row in rows]
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "samples.png"

@@ -6,6 +6,7 @@ Both kinds say how a model is made, opened and called, and how pictures are draw
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,7 @@ class NewModel:
     def __init__(self, config: Generation) -> None:
         self.config = config
         self.kind, self.pipeline_kind = MODELS[config.model.name]
-        self.vae = _checked(config, Autoencoder(_vae(config))) if config.latent.vae else None
+        self.vae = _checked(config, Autoencoder(_vae(config)), 1) if config.latent.vae else None
         channels, factor = (self.vae.channels, self.vae.factor) if self.vae else (config.channels, 1)
         self.shape = channels, config.data.image_size // factor, config.data.image_size // factor
 
@@ -120,7 +121,7 @@ class OfPipeline:
             self.family = family_of(self.pipe, config.text.max_length)
         except ValueError as error:
             raise ConfigError(f"model.pipeline: {error}") from None
-        self.vae = _checked(config, Autoencoder(self.pipe.vae), self.family.patch)
+        self.vae = _checked(config, Autoencoder(self.pipe.vae), self.family.unit)
         channels, side = self.vae.channels, config.data.image_size // self.vae.factor
         if self.family.channels != channels:
             raise ConfigError(
@@ -204,12 +205,10 @@ def _vae(config: Generation) -> Any:
         raise ConfigError(f"latent.vae: {error}") from None
 
 
-def _checked(config: Generation, vae: Autoencoder, patch: int = 1) -> Autoencoder:
-    size, unit = config.data.image_size, vae.factor * patch
+def _checked(config: Generation, vae: Autoencoder, unit: int) -> Autoencoder:
+    size, unit = config.data.image_size, math.lcm(vae.factor, unit)
     if size % unit:
-        raise ConfigError(
-            f"data.image_size: {size} is no multiple of {unit}, what the autoencoder and patches take"
-        )
+        raise ConfigError(f"data.image_size: the model takes multiples of {unit}, got {size}")
     if vae.colours != config.channels:
         raise ConfigError(f"channels: the autoencoder takes images of {vae.colours}, got {config.channels}")
     return vae
