@@ -21,9 +21,12 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from visionhybrid import mixers
-from visionhybrid.diffusion.feed_forward import FEED_FORWARD, Grid
+from visionhybrid.diffusion.feed_forward import FEED_FORWARD, FeedForward, Grid
+from visionhybrid.hosts.diffusers.parallel import GATHER, TOKENS, OnCPU, group_of
+from visionhybrid.mixers.sharding import mix
 
 
 class MixedAttention(nn.Module):
@@ -38,11 +41,11 @@ class MixedAttention(nn.Module):
         self.mixer = mixers.create(mixer, dim=dim, heads=heads, head_dim=dim // heads, **options)
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, group: ProcessGroup | None = None) -> Tensor:
         x_q, x_k = self.mixer.hidden(x)
         q, k, v = self.norm_q(self.to_q(x_q)), self.norm_k(self.to_k(x_k)), self.to_v(x)
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, D)
-        out = self.mixer(q, k, v, grid=grid).transpose(1, 2).flatten(2)
+        out = mix(self.mixer, q, k, v, grid=grid, group=group).transpose(1, 2).flatten(2)
         if hasattr(self.mixer, "beside"):
             out = out + self.mixer.beside(x, grid=grid)
         return self.to_out(out)
@@ -73,17 +76,17 @@ class Block(nn.Module):
         self.modulation = None if shared else nn.Linear(dim, 6 * dim)
         self.table = nn.Parameter(torch.zeros(6, dim)) if shared else None
 
-    def forward(self, x: Tensor, condition: Tensor, grid: Grid) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, grid: Grid, group: ProcessGroup | None = None) -> Tensor:
         if self.modulation is not None:
             values = self.modulation(condition).unflatten(1, (6, -1))
         else:
             values = condition + self.table
         shift1, scale1, gate1, shift2, scale2, gate2 = values.to(x.dtype).unsqueeze(2).unbind(1)  # (B, 1, C)
-        x = torch.addcmul(x, gate1, self.attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), grid))
+        x = torch.addcmul(x, gate1, self.attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), grid, group))
         return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2), grid))
 
 
-class HybridDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class HybridDiT(OnCPU, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Predicts noise, velocity or flow of an image, pixels or latents, given time and class.
 
     Args:
@@ -108,6 +111,7 @@ class HybridDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _no_split_modules: ClassVar[list[str]] = ["Block"]
     _repeated_blocks: ClassVar[list[str]] = ["Block"]
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["patch", "norm", "embed", "modulation"]
+    _cp_plan: ClassVar[dict[str, Any]] = {"blocks.0": {"x": TOKENS}, "head": GATHER}
 
     @register_to_config
     def __init__(
@@ -205,16 +209,26 @@ class HybridDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x = x + self._positions(grid, x)
         condition = nn.functional.silu(self._condition(timestep, class_labels, batch, x))
         given = condition if self.shared is None else self.shared(condition).unflatten(1, (6, -1))
+        group = group_of(self)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, given, grid)
+                x = self._gradient_checkpointing_func(block, x, given, grid, group)
             else:
-                x = block(x, given, grid)
+                x = block(x, given, grid, group)
         shift, scale = self.modulation(condition).to(x.dtype).unsqueeze(1).chunk(2, dim=2)
         x = self.head(torch.addcmul(shift, self.norm(x), 1 + scale))  # (B, N, size * size * C_out)
         x = x.view(batch, *grid, size, size, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         x = x.reshape(batch, self.out_channels, height, width)
         return Transformer2DModelOutput(sample=x) if return_dict else (x,)
+
+    def enable_parallelism(self, *, config: Any, cp_plan: Mapping[str, Any] | None = None) -> None:
+        """Ranks share the tokens of every image from here on, see docs/hosts.md. ValueError: not with these networks."""
+        kinds = {type(block.mlp) for block in self.blocks} - {FeedForward}
+        if kinds:
+            raise ValueError(
+                f"HybridDiT: {kinds.pop().__name__} needs the whole image, of which ranks would have a part; use 'mlp'"
+            )
+        super().enable_parallelism(config=config, cp_plan=cp_plan)
 
     def grid_of(self, size: tuple[int, ...] | None = None) -> Grid:
         """Sides of the token grid for an input of `size`; of `sample_size` by default."""

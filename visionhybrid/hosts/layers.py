@@ -29,6 +29,7 @@ class Layer:
     grid: tuple[int, ...] | None = None  # sides of its image in tokens at `sample_size`, None if unknown
     axes: int = 2  # of its grid: 2 for images, 3 for video
     joint: bool = False  # text tokens are mixed with the image's
+    whole: bool = False  # its keys are no tokens that ranks share: cross attention
     masked: bool = False  # every call has a mask, of padded text
     beside: bool = False  # what a mixer makes of the hidden states beside its attention is added
     reason: str | None = None

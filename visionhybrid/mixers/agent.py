@@ -43,7 +43,7 @@ def agent_attention(
         scale: default D ** -0.5.
     """
     if scale is None:
-        scale = float(q.shape[-1]) ** -0.5
+        scale = float(q.shape[-1] ** -0.5)
     if 2 * agents.shape[2] >= q.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     summary = F.scaled_dot_product_attention(agents, k, v, scale=scale)

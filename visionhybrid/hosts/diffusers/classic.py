@@ -22,7 +22,9 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair, does_more, halved, layers_of
+from visionhybrid.hosts.diffusers.parallel import GATHER, TOKENS, Plan, group_of
 from visionhybrid.hosts.layers import Layer
+from visionhybrid.mixers.sharding import mix
 
 __all__ = ["FAMILIES", "MixerProcessor"]
 
@@ -46,6 +48,7 @@ class MixerProcessor:
     """Runs `attn.mixer` where diffusers' `AttnProcessor2_0` would run softmax attention."""
 
     mixes = True
+    _parallel_config: Any = None  # diffusers writes it when ranks share the tokens
 
     def __call__(
         self,
@@ -67,6 +70,7 @@ class MixerProcessor:
             raise ValueError(f"{name}: cannot honour a bias on softmax logits, which attention_mask is here")
         if encoder_hidden_states is not None:
             raise ValueError(f"{name}: mixes an image with itself, got encoder_hidden_states")
+        group = None if hidden_states.ndim == 4 else group_of(self)  # maps are whole on every rank
         residual = x = hidden_states
         if attn.spatial_norm is not None:
             x = attn.spatial_norm(x, temb)
@@ -74,7 +78,7 @@ class MixerProcessor:
             grid = tuple(hidden_states.shape[2:])
             x = x.flatten(2).transpose(1, 2)  # (B, N, C)
         if grid is None:
-            if mixer.about.grids:
+            if mixer.about.grids or group is not None:
                 raise ValueError(
                     f"{name}: needs (H, W) of {x.shape[1]} tokens, which this model did not tell"
                 )
@@ -88,7 +92,7 @@ class MixerProcessor:
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
         extra = {} if metric is None else {"metric": metric}
-        out = mixer(q, k, v, grid=grid, **extra).transpose(1, 2).flatten(2)
+        out = mix(mixer, q, k, v, grid=grid, group=group, **extra).transpose(1, 2).flatten(2)
         if hasattr(mixer, "beside"):
             out = out + mixer.beside(x, grid=grid)
 
@@ -108,7 +112,8 @@ def _find(
 
     def facts(name: str, module: Any) -> dict[str, Any]:
         owner = model.get_submodule(name.rpartition(".")[0])
-        return dict(grid=grid_of(name), beside=True, reason=_reason(name, module, owner))
+        whole = module.is_cross_attention or "transformer_blocks" not in name  # the others take maps
+        return dict(grid=grid_of(name), beside=True, whole=whole, reason=_reason(name, module, owner))
 
     return layers_of(model, Attention, facts)
 
@@ -216,13 +221,39 @@ def _drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return args, {key: value for key, value in kwargs.items() if key not in ("grid", "metric")}
 
 
-def _family(layers: Callable[[nn.Module, SampleSize], list[Layer]], *models: str) -> Family:
-    return Family(
-        models=models, layers=layers, processor=lambda module: MixerProcessor(), hooks=_hooks, plain=PLAIN
-    )
+def _unet_plan(model: nn.Module) -> Plan:
+    """Ranks share the tokens of each stack of transformer blocks; convolutions see the whole map on every rank."""
+    if type(model).__name__ == "UNetMotionModel":
+        raise ValueError("enable_parallelism: motion modules mix frames, which ranks do not share")
+    plan: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Transformer2DModel):
+            blocks, last = f"{name}.transformer_blocks", len(module.transformer_blocks) - 1
+            plan[f"{blocks}.0"] = {"hidden_states": TOKENS}
+            # A plan has one entry for a module: where the first block is the last one it needs a second name.
+            plan[f"{blocks}.{last or '*'}"] = GATHER
+    if not plan:
+        raise ValueError("enable_parallelism: there are no transformer blocks whose tokens ranks could share")
+    return plan
 
 
+def _transformer_plan(model: nn.Module) -> Plan:
+    head = "proj_out" if hasattr(model, "proj_out") else "proj_out_2"  # PixArt's, DiT's
+    return {"transformer_blocks.0": {"hidden_states": TOKENS}, head: GATHER}
+
+
+SAME = dict(processor=lambda module: MixerProcessor(), hooks=_hooks, plain=PLAIN)
 FAMILIES = (
-    _family(_unet_layers, "UNet2DConditionModel", "UNet2DModel", "UNetMotionModel"),
-    _family(_transformer_layers, "DiTTransformer2DModel", "PixArtTransformer2DModel"),
+    Family(
+        models=("UNet2DConditionModel", "UNet2DModel", "UNetMotionModel"),
+        layers=_unet_layers,
+        cp_plan=_unet_plan,
+        **SAME,
+    ),
+    Family(
+        models=("DiTTransformer2DModel", "PixArtTransformer2DModel"),
+        layers=_transformer_layers,
+        cp_plan=_transformer_plan,
+        **SAME,
+    ),
 )

@@ -14,13 +14,14 @@ from torch import nn
 from visionhybrid.hosts.diffusers.arguments import Call, added, argument, drop
 from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more, hook_others, layers_of
 from visionhybrid.hosts.diffusers.joint import VideoJointProcessor
+from visionhybrid.hosts.diffusers.parallel import GATHER, TOKENS, rotary
 from visionhybrid.hosts.layers import Layer
 
 __all__ = ["FAMILIES"]
 
 PLAIN = frozenset({"CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"})
 # places among the arguments of CogVideoXTransformer3DModel.forward
-HIDDEN, KWARGS = 0, 6
+HIDDEN, ENCODER, KWARGS = 0, 1, 6
 
 
 def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
@@ -51,7 +52,8 @@ def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
 
 def _tell(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     frames, _, height, width = argument(args, kwargs, HIDDEN, "hidden_states").shape[1:]
-    extra = {"grid": _sides(model.config, frames, height, width)}
+    text = argument(args, kwargs, ENCODER, "encoder_hidden_states").shape[1]
+    extra = {"grid": _sides(model.config, frames, height, width), "text_tokens": text}
     return added(args, kwargs, KWARGS, "attention_kwargs", extra)
 
 
@@ -62,5 +64,10 @@ FAMILIES = (
         processor=lambda module: VideoJointProcessor(),
         hooks=_hooks,
         plain=PLAIN,
+        cp_plan=lambda model: {
+            "": {"image_rotary_emb": [rotary(), rotary()]},
+            "transformer_blocks.0": {"hidden_states": TOKENS, "encoder_hidden_states": TOKENS},
+            "proj_out": GATHER,
+        },
     ),
 )

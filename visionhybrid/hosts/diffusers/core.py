@@ -85,6 +85,7 @@ def install(
             last mixer.
     """
     tensors, rest = tensors or {}, rest or {}
+    _check_one_process(model)
     built = {part.layer.name: part.build() for part in parts}
     for part in parts:
         attn, given = part.layer.module, tensors.get(part.layer.name)
@@ -112,6 +113,7 @@ def install(
 def remove(model: nn.Module, names: Sequence[str]) -> None:
     """Give these layers their own processors and projections back."""
     state = state_of(model)
+    _check_one_process(model)
     for name in names:
         held, attn = state.layers[name], model.get_submodule(name)
         if held.weights and not held.own and not state.own:
@@ -154,6 +156,11 @@ def rebuild(model: nn.Module, config: Mapping[str, Any]) -> None:
     _settle(model, state)
 
 
+def _check_one_process(model: Any) -> None:
+    if model._parallel_config is not None:
+        raise ValueError(f"{type(model).__name__}: attach and detach before enable_parallelism")
+
+
 def _mount(model: nn.Module, attn: Any, mixer: mixers.Mixer, kind: Family) -> None:
     weight = attn.to_q.weight
     # A quantised or fp8 projection computes in the model's type.
@@ -176,12 +183,12 @@ def _settle(model: Any, state: State) -> None:
     state.handles = kind.hooks(model, set(state.layers))
     for name in state.layers:
         attn = model.get_submodule(name)
-        guard = partial(_guard, name=name, processor=type(attn.processor), plain=kind.plain)
+        guard = partial(_guard, name=name, processor=attn.processor, plain=kind.plain)
         state.handles.append(attn.register_forward_pre_hook(guard))
     models.enter(model, state)
 
 
-def _guard(attn: Any, args: tuple[Any, ...], *, name: str, processor: type, plain: frozenset[str]) -> None:
+def _guard(attn: Any, args: tuple[Any, ...], *, name: str, processor: Any, plain: frozenset[str]) -> None:
     """Runs before each call: nothing may put softmax attention in the place of a mixer unnoticed.
 
     Another way to compute softmax (slices, xformers) concerns the attention that still does; a mixer stays until it is
@@ -189,7 +196,7 @@ def _guard(attn: Any, args: tuple[Any, ...], *, name: str, processor: type, plai
     """
     if not getattr(attn.processor, "mixes", False):
         other, mixer = type(attn.processor).__name__, attn.mixer.about.name
-        attn.set_processor(processor())
+        attn.set_processor(processor)
         if other not in plain:
             raise ValueError(
                 f"{name}: {other} was put in the place of its {mixer} mixer, which is back now; detach this layer "

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from visionhybrid.hosts.diffusers.parallel import Plan
 from visionhybrid.hosts.layers import Layer
 
-__all__ = ["Family", "SampleSize", "does_more", "family_of", "hook_others", "layers_of"]
+__all__ = ["Family", "SampleSize", "attention_of", "does_more", "family_of", "hook_others", "layers_of"]
 
 SampleSize = tuple[int, ...] | None
 
@@ -31,6 +32,7 @@ class Family:
         plain: names of diffusers' processors that compute nothing but the attention which a mixer replaces.
         adapt: (attention with a mixer, processor that is to be set there) -> one that runs the mixer and does what that one
             does beside attention; or that one, which is then refused. It may have `release()`, what `detach` leaves behind.
+        cp_plan: model -> how ranks share its tokens (`parallel.py`), where diffusers has no plan. ValueError: they cannot.
     """
 
     models: tuple[str, ...]
@@ -39,6 +41,7 @@ class Family:
     hooks: Callable[[nn.Module, set[str]], list[Any]]
     plain: frozenset[str]
     adapt: Callable[[Any, Any], Any] = lambda attn, processor: processor
+    cp_plan: Callable[[Any], Plan] = lambda model: model._cp_plan
 
 
 def family_of(model: nn.Module) -> Family | None:

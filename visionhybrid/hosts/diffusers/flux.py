@@ -50,7 +50,9 @@ class FluxIPMixerProcessor(FluxIPAdapterAttnProcessor):
         text_tokens: int = 0,
     ) -> tuple[Tensor, ...]:
         """As `JointProcessor`; and what the image gets of `ip_hidden_states`, (B, L, C) of each adapter, where there are any."""
-        out = JointProcessor()(
+        joint = JointProcessor()
+        joint._parallel_config = self._parallel_config
+        out = joint(
             attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, grid, text_tokens
         )
         if ip_hidden_states is None:
@@ -80,7 +82,9 @@ def _adapt(attn: Any, processor: Any) -> Any:
     if type(processor) is FluxIPAdapterAttnProcessor:
         processor.__class__ = FluxIPMixerProcessor
     elif isinstance(attn.processor, FluxIPMixerProcessor) and type(processor).__name__ in PLAIN:
-        return JointProcessor()
+        processor = JointProcessor()
+    if getattr(processor, "mixes", False):
+        processor._parallel_config = attn.processor._parallel_config
     return processor
 
 
@@ -101,8 +105,12 @@ def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
 
 
 def _tell(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, sides: bool) -> Call:
-    """Number of text tokens and sides of the image into joint_attention_kwargs."""
-    extra = {"text_tokens": argument(args, kwargs, ENCODER, "encoder_hidden_states").shape[1]}
+    """Numbers of text and image tokens, or the image's sides if they matter, into joint_attention_kwargs."""
+    image, text = (
+        argument(args, kwargs, place, name).shape[1]
+        for place, name in ((HIDDEN, "hidden_states"), (ENCODER, "encoder_hidden_states"))
+    )
+    extra: dict[str, Any] = {"text_tokens": text, "grid": (image,)}
     given = argument(args, kwargs, KWARGS, "joint_attention_kwargs") or {}
     if sides and "grid" not in given:
         extra["grid"] = _sides(argument(args, kwargs, IMG_IDS, "img_ids"))

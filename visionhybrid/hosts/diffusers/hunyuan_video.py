@@ -15,6 +15,7 @@ from torch import nn
 from visionhybrid.hosts.diffusers.arguments import Call, argument
 from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more, hook_others, layers_of
 from visionhybrid.hosts.diffusers.joint import VideoJointProcessor
+from visionhybrid.hosts.diffusers.parallel import GATHER, TOKENS, Plan, rotary
 from visionhybrid.hosts.layers import Layer
 
 __all__ = ["FAMILIES"]
@@ -33,7 +34,7 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
     def facts(name: str, module: Any) -> dict[str, Any]:
         same = dict(axes=3, joint=True, masked=True)
         if name.startswith("context_embedder"):
-            return same | dict(reason="its tokens are the text's")
+            return same | dict(whole=True, reason="its tokens are the text's")
         return same | dict(grid=grid, reason=does_more(module, PLAIN))
 
     return layers_of(model, Attention, facts)
@@ -54,6 +55,18 @@ def _drop_sides(attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return args, kwargs if rotary is None else {**kwargs, "image_rotary_emb": rotary[:2]}
 
 
+def _cp_plan(model: Any) -> Plan:
+    if model.config.image_condition_type == "token_replace":
+        raise ValueError(
+            "enable_parallelism: this model counts the tokens of its first frame, of which ranks have a part"
+        )
+    return {
+        "rope": {0: rotary(split_output=True), 1: rotary(split_output=True)},
+        "transformer_blocks.0": {"hidden_states": TOKENS, "encoder_hidden_states": TOKENS},
+        "proj_out": GATHER,
+    }
+
+
 FAMILIES = (
     Family(
         models=("HunyuanVideoTransformer3DModel",),
@@ -61,5 +74,6 @@ FAMILIES = (
         processor=lambda module: VideoJointProcessor(),
         hooks=_hooks,
         plain=PLAIN,
+        cp_plan=_cp_plan,
     ),
 )

@@ -6,11 +6,15 @@ streams are put together the other way than diffusers does, and taken apart agai
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, cast
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
+
+from visionhybrid.hosts.diffusers.parallel import group_of
+from visionhybrid.mixers.sharding import mix
 
 __all__ = ["JointProcessor", "VideoJointProcessor"]
 
@@ -24,7 +28,7 @@ class JointProcessor:
 
     mixes = True
     rotates_text = True
-    _parallel_config: Any = None  # diffusers writes it when tokens are sharded over ranks
+    _parallel_config: Any = None  # diffusers writes it when ranks share the tokens
 
     def __call__(
         self,
@@ -42,38 +46,40 @@ class JointProcessor:
             attention_mask: (B, 1, 1, N + M), True for real tokens, for mixers that take one.
             image_rotary_emb: cosine and sine, (M + N, D) of [text, image] or (N, D) of the image; the grid may come third.
             grid: sides of the image. text_tokens: how many of `hidden_states` come first and are text, where there is one
-                stream only.
+                stream only. Where ranks share the tokens, both are of the whole sequence, and so is the mask.
         """
         mixer, name = attn.mixer, attn.mixer.about.name
-        if self._parallel_config is not None:
-            raise ValueError(f"{name}: sees its rank's tokens only; context parallelism is not supported")
+        group = group_of(self)
         q, k, v = _project(attn, hidden_states, IMAGE)
         rotary, sides = (image_rotary_emb or ())[:2], (image_rotary_emb or ())[2:]
         if rotary and not self.rotates_text:
             q, k = _rotate(q, rotary), _rotate(k, rotary)
         apart = getattr(attn, "add_q_proj", None) is not None  # text has projections of its own
         if encoder_hidden_states is not None:
-            text_tokens = encoder_hidden_states.shape[1]
+            text_tokens = text_tokens if group else encoder_hidden_states.shape[1]
             text = _project(attn, encoder_hidden_states, TEXT if apart else IMAGE)
             q, k, v = (torch.cat(pair, 2) for pair in zip(text, (q, k, v), strict=True))
         if rotary and self.rotates_text:
             q, k = _rotate(q, rotary), _rotate(k, rotary)
         grid = sides[0] if sides else grid
         if grid is None:
-            if mixer.about.grids:
+            if mixer.about.grids or group is not None:
                 raise ValueError(
                     f"{name}: needs the sides of its {q.shape[2] - text_tokens} image tokens, "
                     "which this model did not tell"
                 )
             grid = (q.shape[2] - text_tokens,)
+        if group is not None and attention_mask is not None:
+            text_tokens = attention_mask.shape[-1] - prod(grid)
 
         extra = (
             {} if attention_mask is None else {"key_mask": self.key_mask(attention_mask, text_tokens, name)}
         )
-        out = mixer(q, k, v, grid=grid, text_tokens=text_tokens, **extra).transpose(1, 2).flatten(2)
+        out = mix(mixer, q, k, v, grid=grid, text_tokens=text_tokens, group=group, **extra)
+        out = out.transpose(1, 2).flatten(2)
         if encoder_hidden_states is None:
             return _leave(attn, out)
-        text, image = out.tensor_split([text_tokens], dim=1)
+        text, image = out.tensor_split([encoder_hidden_states.shape[1]], dim=1)
         if apart:
             text = text if attn.context_pre_only else attn.to_add_out(text)
         else:

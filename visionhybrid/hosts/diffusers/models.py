@@ -26,6 +26,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from visionhybrid.hosts.diffusers import parallel
 from visionhybrid.hosts.diffusers.family import family_of
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["ModelMixin"]
 
 
-class Hybrid:
+class Hybrid(parallel.OnCPU):
     """What a model with mixers does differently from diffusers' class, which comes next among its bases."""
 
     @classmethod
@@ -60,6 +61,16 @@ class Hybrid:
                     f"{' ...' if len(strange) > 4 else ''}"
                 )
         return (model, info) if output_loading_info else model
+
+    def enable_parallelism(self, *, config: Any, cp_plan: parallel.Plan | None = None) -> None:
+        """As diffusers'; where it has no plan for the model, there is one of ours (`parallel.py`)."""
+        family = cast(Any, family_of(cast(Any, self)))
+        layers = family.layers(self, None)
+        parallel.check(self, layers)
+        cast(Any, super()).enable_parallelism(config=config, cp_plan=cp_plan or family.cp_plan(self))
+        for layer in layers:
+            if layer.whole and hasattr(layer.module.processor, "_parallel_config"):
+                layer.module.processor._parallel_config = None
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         model = cast(Any, self)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from visionhybrid.hosts.diffusers.arguments import argument
 from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair, does_more, layers_of
+from visionhybrid.hosts.diffusers.parallel import Plan
 from visionhybrid.hosts.layers import Layer
 
 __all__ = ["FAMILIES", "SanaMixerProcessor"]
@@ -59,7 +60,7 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
 
     def facts(name: str, module: Any) -> dict[str, Any]:
         cross = "cross attention: its keys are the text's" if module.is_cross_attention else None
-        return dict(grid=grid, reason=cross or does_more(module, PLAIN, "linear"))
+        return dict(grid=grid, whole=bool(cross), reason=cross or does_more(module, PLAIN, "linear"))
 
     return layers_of(model, Attention, facts)
 
@@ -79,6 +80,12 @@ def _tell(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     )
 
 
+def _no_plan(model: Any) -> Plan:
+    raise ValueError(
+        "enable_parallelism: SANA's feed-forward networks convolve the image, of which ranks have a part"
+    )
+
+
 FAMILIES = (
     Family(
         models=("SanaTransformer2DModel",),
@@ -86,5 +93,6 @@ FAMILIES = (
         processor=lambda module: SanaMixerProcessor(),
         hooks=_hooks,
         plain=PLAIN,
+        cp_plan=_no_plan,
     ),
 )

@@ -12,15 +12,24 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from visionhybrid.hosts.diffusers.arguments import Call, added, argument, drop
-from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair, does_more, hook_others, layers_of
+from visionhybrid.hosts.diffusers.family import (
+    Family,
+    SampleSize,
+    as_pair,
+    attention_of,
+    does_more,
+    hook_others,
+    layers_of,
+)
 from visionhybrid.hosts.diffusers.joint import JointProcessor
+from visionhybrid.hosts.diffusers.parallel import GATHER, TOKENS
 from visionhybrid.hosts.layers import Layer
 
 __all__ = ["FAMILIES"]
 
 PLAIN = frozenset({"JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"})
 # places among the arguments of SD3Transformer2DModel.forward
-HIDDEN, KWARGS = 0, 5
+HIDDEN, ENCODER, KWARGS = 0, 1, 5
 
 
 def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
@@ -37,13 +46,23 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
 
 def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
     told = model.register_forward_pre_hook(_tell, with_kwargs=True)
-    return [told, *hook_others(model, Attention, names, drop)]
+    alone = [name for name, attn in attention_of(model, Attention) if attn.added_kv_proj_dim is None]
+    no_text = [
+        model.get_submodule(name).register_forward_pre_hook(_no_text, with_kwargs=True)
+        for name in names.intersection(alone)
+    ]
+    return [told, *no_text, *hook_others(model, Attention, names, drop)]
+
+
+def _no_text(attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    return args, {**kwargs, "text_tokens": 0}
 
 
 def _tell(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     height, width = argument(args, kwargs, HIDDEN, "hidden_states").shape[2:]
     patch = model.config.patch_size
-    extra = {"grid": (height // patch, width // patch)}
+    text = argument(args, kwargs, ENCODER, "encoder_hidden_states").shape[1]
+    extra = {"grid": (height // patch, width // patch), "text_tokens": text}
     return added(args, kwargs, KWARGS, "joint_attention_kwargs", extra)
 
 
@@ -54,5 +73,9 @@ FAMILIES = (
         processor=lambda module: JointProcessor(),
         hooks=_hooks,
         plain=PLAIN,
+        cp_plan=lambda model: {
+            "transformer_blocks.0": {"hidden_states": TOKENS, "encoder_hidden_states": TOKENS},
+            "proj_out": GATHER,
+        },
     ),
 )

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from visionhybrid.hosts.diffusers.arguments import Call, argument
 from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more, hook_others, layers_of
+from visionhybrid.hosts.diffusers.parallel import group_of
 from visionhybrid.hosts.layers import Layer
+from visionhybrid.mixers.sharding import mix
 
 __all__ = ["FAMILIES", "WanMixerProcessor"]
 
@@ -27,7 +29,7 @@ class WanMixerProcessor:
     """Runs `attn.mixer` where diffusers' `WanAttnProcessor` would run softmax attention."""
 
     mixes = True
-    _parallel_config: Any = None  # diffusers writes it when tokens are sharded over ranks
+    _parallel_config: Any = None  # diffusers writes it when ranks share the tokens
 
     def __call__(
         self,
@@ -43,10 +45,9 @@ class WanMixerProcessor:
             raise ValueError(f"{name}: cannot honour a bias on softmax logits, which attention_mask is here")
         if encoder_hidden_states is not None:
             raise ValueError(f"{name}: mixes a video with itself, got encoder_hidden_states")
-        if self._parallel_config is not None:
-            raise ValueError(f"{name}: sees its rank's tokens only; context parallelism is not supported")
         rotary, sides = (rotary_emb or ())[:2], (rotary_emb or ())[2:]
-        if mixer.about.grids and not sides:
+        group = group_of(self)
+        if not sides and (mixer.about.grids or group is not None):
             raise ValueError(f"{name}: needs (T, H, W) of {x.shape[1]} tokens, which this model did not tell")
 
         x_q, x_k = mixer.hidden(x)
@@ -59,8 +60,8 @@ class WanMixerProcessor:
         if rotary:
             q, k = _rotate(q, *rotary), _rotate(k, *rotary)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        out = mixer(q, k, v, grid=sides[0] if sides else (x.shape[1],)).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](out.to(q.dtype)))
+        out = mix(mixer, q, k, v, grid=sides[0] if sides else (x.shape[1],), group=group)
+        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2).to(q.dtype)))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
 
     def facts(name: str, module: Any) -> dict[str, Any]:
         if module.is_cross_attention:
-            return dict(axes=3, reason="cross attention: its keys are the text's")
+            return dict(axes=3, whole=True, reason="cross attention: its keys are the text's")
         return dict(grid=grid, axes=3, reason=does_more(module, PLAIN))
 
     return layers_of(model, WanAttention, facts)
