@@ -26,15 +26,21 @@ Changes = Annotated[
 ]
 
 
-@command("  visionhybrid demo\n  visionhybrid demo --out /tmp/demo")
+@command("  visionhybrid demo\n  visionhybrid demo --part generation --out /tmp/demo")
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for the report and the runs.")] = Path("demo"),
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--part", help="digits, photographs or generation; several times for several; without: all."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Another one trains from other weights.")] = 0,
 ) -> None:
-    """Train a classifier and a super-resolver on real images, here and now, and write a report of what was measured."""
+    """Train a classifier, a super-resolver and a generator on real images, here and now, and write a report of what was measured."""
     from visionhybrid.demo import run
 
-    typer.echo(f"report: {run(out, seed=seed)}")
+    typer.echo(f"report: {run(out, parts=part or (), seed=seed)}")
 
 
 @command(

@@ -5,6 +5,7 @@ Sources: DiT arXiv:2212.09748, SiT arXiv:2401.08740, LiT arXiv:2501.12976.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from visionhybrid.train.config import (
@@ -22,29 +23,42 @@ from visionhybrid.train.config import (
 
 
 def hybrid_dit_digits() -> Generation:
-    """Handwritten digits of the ten classes by flow matching, in a few minutes on two cores.
+    """Handwritten digits of the ten classes by flow matching, in a minute on two cores.
 
     visionhybrid train hybrid_dit_digits
+    No published number. With `sampling.judge=RUN sampling.judged=10`, RUN being that of `nextvit_digits`, it also says which
+    share of its samples is recognised.
     """
     return Generation(
         name="hybrid_dit_digits",
         model=Generator(
             name="hybrid_dit",
-            options=dict(patch_size=2, num_layers=6, num_attention_heads=4, attention_head_dim=32),
+            options=dict(patch_size=2, num_layers=4, num_attention_heads=3, attention_head_dim=32),
         ),
-        optim=Optim(name="adamw", lr=1e-3, weight_decay=0.0, betas=(0.9, 0.99), clip_norm=1.0),
-        schedule=Schedule(name="cosine", warmup=100, min_lr=1e-5),
-        loop=Loop(batch_size=128, steps=600, ema_decay=0.998, ema_warmup=True, workers=0, validate_every=300),
-        data=Images(dataset="digits", num_classes=10, image_size=8, repeat=1),
+        # In 400 steps of 128 images AdamW at 3e-3 (better than 1e-3) made digits of which 88 % were recognised without
+        # guidance, Muon 99 %. Vectors (biases) go by AdamW at 0.15 of the rate.
+        optim=Optim(name="muon", lr=0.02, clip_norm=1.0, options=dict(fallback_lr_scale=0.15)),
+        schedule=Schedule(name="cosine", warmup=20, min_lr=1e-4),
+        loop=Loop(
+            batch_size=64,
+            steps=600,
+            ema_decay=0.99,
+            ema_warmup=True,
+            workers=0,
+            log_every=10,
+            validate_every=100,
+            tensorboard=False,
+        ),
+        data=Images(dataset="digits", num_classes=10, image_size=8),
         diffusion=Diffusion(predict="flow", times="logit_normal", drop_label=0.1),
-        sampling=Sampling(steps=25, guidance=2.0, each=10),
+        sampling=Sampling(steps=16, guidance=2.0, each=10),
         channels=1,
         flip=0.0,
     )
 
 
 def hybrid_dit_digits_linfusion() -> Graft:
-    """The digits' generator with LinFusion's mixer instead of softmax, in a minute on two cores.
+    """The digits' generator with LinFusion's mixer instead of softmax, in half a minute on two cores.
 
     visionhybrid graft hybrid_dit_digits_linfusion teacher=runs/hybrid_dit_digits
     """
@@ -52,7 +66,7 @@ def hybrid_dit_digits_linfusion() -> Graft:
 
 
 def hybrid_dit_digits_sla() -> Graft:
-    """The digits' generator with sparse-linear attention instead of softmax, in a minute on two cores.
+    """The digits' generator with sparse-linear attention instead of softmax, in half a minute on two cores.
 
     visionhybrid graft hybrid_dit_digits_sla teacher=runs/hybrid_dit_digits
     """
@@ -61,18 +75,18 @@ def hybrid_dit_digits_sla() -> Graft:
 
 def _digits_graft(mixer: str, **options: Any) -> Graft:
     base = hybrid_dit_digits()
-    shared = {name: getattr(base, name) for name in ("model", "optim", "data", "diffusion")}
+    shared = {
+        name: getattr(base, name) for name in ("optim", "data", "diffusion", "sampling", "channels", "flip")
+    }
     return Graft(
         **shared,
         name=f"{base.name}_{mixer}",
-        schedule=Schedule(name="cosine", warmup=20, min_lr=1e-5),
-        sampling=base.sampling,
-        channels=base.channels,
-        flip=base.flip,
-        loop=Loop(batch_size=128, steps=1, ema_decay=0.99, ema_warmup=True, workers=0, validate_every=1000),
+        model=Generator(name="hybrid_dit"),
+        schedule=replace(base.schedule, warmup=10),
+        loop=replace(base.loop, steps=1, ema_decay=0.98, validate_every=40),
         teacher="runs/hybrid_dit_digits",
         mixer=mixer,
         mixer_options=options,
-        alone=Phase(steps=150, lr=1e-3),
-        whole=Phase(steps=150, lr=5e-4),
+        alone=Phase(steps=120, lr=0.01),
+        whole=Phase(steps=120, lr=0.01),
     )

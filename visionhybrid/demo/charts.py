@@ -14,7 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 44
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A named series. `style` is a class of the page's style sheet: one, two, or faint."""
+    """A named series. `style` is a class of the page's style sheet: one, two, three, or faint."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -30,19 +30,28 @@ class Mark:
 
 
 def line_chart(
-    title: str, lines: Sequence[Line], *, x: str, y: str, marks: Sequence[Mark] = (), log_y: bool = False
+    title: str,
+    lines: Sequence[Line],
+    *,
+    x: str,
+    y: str,
+    marks: Sequence[Mark] = (),
+    log_x: bool = False,
+    log_y: bool = False,
 ) -> str:
-    """An SVG element. `x` and `y` are the axes' names with their units; with `log_y` every value must be above 0.
+    """An SVG element. `x` and `y` are the axes' names with their units; on a logarithmic axis every value must be above 0.
 
     Raises: ValueError: no finite point at all, or a value that a logarithmic axis cannot show.
     """
     points = [(px, py) for line in lines for px, py in line.points if math.isfinite(px) and math.isfinite(py)]
     if not points:
         raise ValueError(f"line_chart: {title!r} has no finite point")
+    places = [px for px, _ in points]
     heights = [py for _, py in points] + [mark.y for mark in marks]
-    if log_y and min(heights) <= 0:
-        raise ValueError(f"line_chart: {title!r} has {min(heights)}, which a logarithmic axis cannot show")
-    across = _Axis(0.0, max(px for px, _ in points), LEFT, WIDTH - RIGHT, log=False)
+    for log, values in ((log_x, places), (log_y, heights)):
+        if log and min(values) <= 0:
+            raise ValueError(f"line_chart: {title!r} has {min(values)}, which a logarithmic axis cannot show")
+    across = _Axis(min(places) if log_x else 0.0, max(places), LEFT, WIDTH - RIGHT, log=log_x)
     up = _Axis(min(heights), max(heights), HEIGHT - BOTTOM, TOP, log=log_y, pad=0.06)
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',

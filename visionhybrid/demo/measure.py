@@ -1,13 +1,10 @@
-"""The two experiments of the demo: train by recipe, then measure the released weights on images kept out of training.
+"""The demo's classifier and super-resolver: trained by recipe, then measured on images kept out of training.
 
-Nothing here knows a result in advance: a run's numbers are read from its own log and from its own weights, loaded again
-from the file a user would load.
+The numbers are those of the released weights, loaded again from the file a user would load.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,36 +17,13 @@ import visionhybrid
 from visionhybrid.data.metrics import confusion_matrix, psnr, ssim
 from visionhybrid.data.resize import imresize, modcrop
 from visionhybrid.data.samples import DIGIT_CLASSES, digits, photographs
-from visionhybrid.train import find, override, run
+from visionhybrid.demo.training import Training, record, train
 from visionhybrid.train.config import Config
 
 DIGITS_RECIPE, PHOTOGRAPHS_RECIPE = "nextvit_digits", "hat_samples_x2"
 SCALE = 2
 CROP = 72  # side of the part of a photograph that the report enlarges
 SHOWN = 12  # digits that the report pictures
-
-# Seconds instead of minutes: does everything run? What it learns then is nothing.
-_QUICK = (
-    "loop.epochs=none",
-    "loop.steps=4",
-    "loop.log_every=1",
-    "loop.validate_every=0",
-    "loop.checkpoint_every=0",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """One run: what was trained, and its log as series of (step, value)."""
-
-    recipe: str
-    command: str
-    config: dict[str, Any]
-    parameters: int
-    steps: int
-    seconds: float
-    loss: list[tuple[float, float]]
-    held_out: dict[str, list[tuple[float, float]]]  # metric -> series
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +81,7 @@ class Photographs:
 
 def learn_digits(out: Path, *, seed: int = 0, quick: bool = False, progress: bool = True) -> Digits:
     """Train the recipe in `out`/digits, then classify the held-out digits with the released weights."""
-    config, result = _train(DIGITS_RECIPE, out / "digits", seed=seed, quick=quick, progress=progress)
+    config, result = train(DIGITS_RECIPE, out / "digits", seed=seed, quick=quick, progress=progress)
     model = visionhybrid.load(result["weights"])
     images, labels = digits("val")
     probability = F.softmax(_logits(model, config), 1)
@@ -124,7 +98,7 @@ def learn_digits(out: Path, *, seed: int = 0, quick: bool = False, progress: boo
         for i in order[:SHOWN].tolist()
     ]
     return Digits(
-        training=_training(config, model, result),
+        training=record(config, model, result),
         count=len(labels),
         accuracy=100 * (1 - mistakes / len(labels)),
         confusion=confusion_matrix(guess, labels, DIGIT_CLASSES).tolist(),
@@ -144,9 +118,7 @@ def _logits(model: torch.nn.Module, config: Config) -> Tensor:
 
 def learn_photographs(out: Path, *, seed: int = 0, quick: bool = False, progress: bool = True) -> Photographs:
     """Train the recipe in `out`/photographs, then double the size of the held-out photographs with the released weights."""
-    config, result = _train(
-        PHOTOGRAPHS_RECIPE, out / "photographs", seed=seed, quick=quick, progress=progress
-    )
+    config, result = train(PHOTOGRAPHS_RECIPE, out / "photographs", seed=seed, quick=quick, progress=progress)
     model = visionhybrid.load(result["weights"])
     photos = []
     for photo in photographs("val", channels=3):
@@ -155,7 +127,7 @@ def learn_photographs(out: Path, *, seed: int = 0, quick: bool = False, progress
             truth = truth[:, 100:228, 100:260]
         photos.append(_photo(model, photo, truth))
     return Photographs(
-        training=_training(config, model, result),
+        training=record(config, model, result),
         photos=photos,
         trained_on=[photo.name for photo in photographs("train")],
     )
@@ -190,44 +162,3 @@ def _busiest(truth: Tensor, side: int) -> tuple[int, int, int]:
     mean = F.avg_pool2d(step[None, None], side, stride=4)[0, 0]
     row, column = divmod(int(mean.argmax()), mean.shape[1])
     return 4 * row, 4 * column, side
-
-
-def _train(
-    recipe: str, out: Path, *, seed: int, quick: bool, progress: bool
-) -> tuple[Config, dict[str, Any]]:
-    config = override(find(recipe), [f"loop.seed={seed}", *(_QUICK if quick else ())])
-    _clear(out, recipe)
-    return config, run(config, out, progress=progress)
-
-
-def _clear(out: Path, recipe: str) -> None:
-    """Remove an earlier run of the demo: a demo that continued a finished run would show old numbers as its own."""
-    if not out.exists():
-        return
-    saved = out / "config.json"
-    if not saved.is_file() or json.loads(saved.read_text(encoding="utf-8")).get("name") != recipe:
-        raise ValueError(f"demo: {out} exists and is no earlier run of {recipe}; choose another --out")
-    shutil.rmtree(out)
-
-
-def _training(config: Config, model: torch.nn.Module, result: dict[str, Any]) -> Training:
-    series: dict[str, list[tuple[float, float]]] = {}
-    loss = []
-    for line in result["history"]:
-        if line["kind"] == "train":
-            loss.append((line["step"], line["loss"]))
-        elif line["kind"] == "validation":
-            for name, value in line.items():
-                if isinstance(value, float):
-                    series.setdefault(name, []).append((line["step"], value))
-    saved = Path(result["out"]) / "config.json"
-    return Training(
-        recipe=config.name,
-        command=f"visionhybrid train {config.name}",
-        config=json.loads(saved.read_text(encoding="utf-8")),
-        parameters=sum(p.numel() for p in model.parameters()),
-        steps=result["steps"],
-        seconds=result["seconds"],
-        loss=loss,
-        held_out=series,
-    )

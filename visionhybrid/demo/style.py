@@ -6,13 +6,13 @@ CSS = """
 :root {
   color-scheme: light dark;
   --page: #f6f7f9; --card: #ffffff; --ink: #171b22; --soft: #5b6472; --rule: #e1e5eb; --wash: #eef1f5;
-  --one: #2460d8; --two: #c2570c; --good: #14794a; --bad: #c0271d; --good-wash: #e3f4ea; --bad-wash: #fce6e4;
+  --one: #2460d8; --two: #c2570c; --three: #8a3fb8; --good: #14794a; --bad: #c0271d; --good-wash: #e3f4ea; --bad-wash: #fce6e4;
   --heat: 36 96 216;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #0f1216; --card: #181c22; --ink: #e8ebf0; --soft: #98a2b1; --rule: #2b313a; --wash: #20252d;
-    --one: #7aa5ff; --two: #f0a060; --good: #5fd39a; --bad: #ff8a80; --good-wash: #15301f; --bad-wash: #3a1c1a;
+    --one: #7aa5ff; --two: #f0a060; --three: #cf9bf0; --good: #5fd39a; --bad: #ff8a80; --good-wash: #15301f; --bad-wash: #3a1c1a;
     --heat: 122 165 255;
   }
 }
@@ -63,8 +63,8 @@ span.unjudged { color: var(--soft); background: var(--wash); }
 .chart text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; font-family: inherit; }
 .grid { stroke: var(--rule); } .tick, .base { stroke: var(--soft); fill: none; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-.line.one { stroke: var(--one); } .line.two { stroke: var(--two); } .line.faint { stroke: var(--soft); opacity: .6; }
-.dot.one { fill: var(--one); } .dot.two { fill: var(--two); } .dot.faint { fill: var(--soft); }
+.line.one { stroke: var(--one); } .line.two { stroke: var(--two); } .line.three { stroke: var(--three); } .line.faint { stroke: var(--soft); opacity: .6; }
+.dot.one { fill: var(--one); } .dot.two { fill: var(--two); } .dot.three { fill: var(--three); } .dot.faint { fill: var(--soft); }
 .mark { stroke: var(--soft); stroke-dasharray: 5 4; fill: none; stroke-width: 1.5; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 8px 0 0; padding: 0; font-size: .84rem; }
 .legend svg { width: 22px; height: 8px; margin-right: 7px; vertical-align: middle; }
@@ -93,6 +93,12 @@ tfoot td { font-weight: 650; border-top: 2px solid var(--rule); }
 .digits .wrong img { outline: 2px solid var(--bad); }
 .digits b { font-weight: 650; }
 
+.sheets { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 18px; }
+.sheets figure { margin: 0; }
+.sheets img { display: block; width: 100%; height: auto; }
+.sheets figcaption { font-size: .84rem; margin-top: 8px; line-height: 1.4; }
+.sheets figcaption b { display: block; }
+
 .photo > h3 { margin: 0 0 2px; }
 .photo { padding-bottom: 20px; }
 .whole { position: relative; margin: 12px 0 0; }
@@ -115,6 +121,7 @@ footer { color: var(--soft); font-size: .86rem; padding-top: 40px; padding-botto
   .tiles { grid-template-columns: 1fr 1fr; gap: 10px; }
   .tile { padding: 12px 13px; } .tile b { font-size: 1.5rem; }
   .view { grid-template-columns: 1fr; gap: 0; }
+  .sheets { grid-template-columns: 1fr 1fr; gap: 12px; }
   .crops { gap: 6px; } .crops figcaption { font-size: .76rem; }
   .confusion th, .confusion td { height: 27px; font-size: .74rem; }
 }
@@ -122,7 +129,7 @@ footer { color: var(--soft); font-size: .86rem; padding-top: 40px; padding-botto
   :root {
     color-scheme: light;
     --page: #fff; --card: #fff; --ink: #000; --soft: #444; --rule: #ccc; --wash: #f1f1f1;
-    --one: #2460d8; --two: #c2570c; --good: #14794a; --bad: #c0271d; --good-wash: #fff; --bad-wash: #fff; --heat: 36 96 216;
+    --one: #2460d8; --two: #c2570c; --three: #8a3fb8; --good: #14794a; --bad: #c0271d; --good-wash: #fff; --bad-wash: #fff; --heat: 36 96 216;
   }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   body { font-size: 11pt; } header { padding-top: 0; }

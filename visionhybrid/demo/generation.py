@@ -1,0 +1,222 @@
+"""The demo's generator: trained by flow matching, then copied with other mixers that learn to imitate it.
+
+The judge is the demo's own classifier. It was trained on real digits of the training split only; it sees no generated digit
+before the count, and neither its gradient nor its opinion reaches a generator: the weights that are counted are the last ones.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from torch import Tensor
+
+from visionhybrid import mixers
+from visionhybrid.data.samples import DIGIT_CLASSES, digits
+from visionhybrid.data.seeds import mix
+from visionhybrid.demo import costs
+from visionhybrid.demo.training import Training, clear, record, series, train
+from visionhybrid.diffusion import HybridDiT
+from visionhybrid.diffusion.drawing import open_pipeline
+from visionhybrid.infer.evaluation import precision_recall
+from visionhybrid.train import find, override
+from visionhybrid.train.config import Generation as GenerationConfig
+from visionhybrid.train.config import to_json
+from visionhybrid.train.grafting import LayerReport, graft
+from visionhybrid.train.judge import Judge
+from visionhybrid.train.log import read
+
+RECIPE, GRAFTS = "hybrid_dit_digits", ("linfusion", "sla")
+COUNT = 50  # digits of each class that are judged
+COLUMNS = 8  # of them on the report's sheets
+BATCH = 100
+WATCHED = 10  # of each class at each validation: the curve
+
+_QUICK = ("alone.steps=2", "whole.steps=2", "loop.log_every=1", "loop.validate_every=2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """A set of digits, by the judge. Precision, recall (arXiv:1904.06991) and `nearest` are against the training digits."""
+
+    count: int
+    recognised: float  # percent taken for the class asked for, or that they have
+    precision: float  # share that lies among real digits, in the judge's features
+    recall: float  # share of real digits that lie among these
+    nearest: float  # median distance to the nearest training digit: root mean square over pixels in [0, 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """Digits of one origin: scores of all, and the first of each class to look at."""
+
+    scores: Scores
+    pixels: Tensor = field(repr=False)  # uint8 (classes, columns, 8, 8)
+    right: list[list[bool]]  # taken for their class
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A generator and its samples."""
+
+    mixer: str
+    training: Training  # of a student: both phases after each other; its loss is that of the last
+    sheet: Sheet
+    seconds: float  # to draw one digit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student(Drawn):
+    kept: float  # percent of the teacher's recognised share; nan if that is 0
+    distance: float  # |student - teacher|^2 / |teacher|^2 of what they predict, on held-out digits
+    alone: int  # steps of the first phase
+    layers: list[LayerReport]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    teacher: Drawn
+    students: list[Student]
+    real: Sheet  # held-out digits
+    seen: int  # training digits, of judge and generator
+    steps: int  # of sampling
+    guidance: float
+    costs: list[costs.MixerCost]
+
+
+def learn_generation(out: Path, *, seed: int = 0, quick: bool = False, progress: bool = True) -> Generation:
+    """Train the generator in `out`/generator, graft it in `out`/linfusion and `out`/sla; the judge is in `out`/digits."""
+    judge = Judging(out / "digits", quick=quick)
+    watch = (f"sampling.judge={out / 'digits'}", f"sampling.judged={1 if quick else WATCHED}")
+    watch += ("sampling.steps=2", "sampling.each=1") if quick else ()
+    config, result = train(
+        RECIPE, out / "generator", seed=seed, quick=quick, progress=progress, changes=watch
+    )
+    net, sheet, seconds = judge.draw(result["weights"], config, seed)
+    teacher = Drawn(mixer="softmax", training=record(config, net, result), sheet=sheet, seconds=seconds)
+    students, nets = [], {"softmax": net}
+    for mixer in GRAFTS:
+        words = (f"loop.seed={seed}", f"teacher={out / 'generator'}", *watch, *(_QUICK if quick else ()))
+        student, nets[mixer] = _graft(mixer, out / mixer, words, judge, teacher, seed, progress)
+        students.append(student)
+    return Generation(
+        teacher=teacher,
+        students=students,
+        real=judge.real(),
+        seen=len(judge.digits),
+        steps=config.sampling.steps,
+        guidance=config.sampling.guidance,
+        costs=_costs(nets, quick),
+    )
+
+
+def _graft(
+    mixer: str, out: Path, words: tuple[str, ...], judge: Judging, teacher: Drawn, seed: int, progress: bool
+) -> tuple[Student, HybridDiT]:
+    recipe = f"{RECIPE}_{mixer}"
+    config: Any = override(find(recipe), words)
+    clear(out, recipe)
+    done = graft(config, out, progress=progress)
+    net, sheet, seconds = judge.draw(done.weights, config, seed)
+    first, last = (list(read(out / phase / "log.jsonl")) for phase in ("alone", "whole"))
+    held_out = series(first, "validation")
+    for name, values in series(last, "validation").items():
+        held_out[name] = held_out.get(name, []) + [(config.alone.steps + x, y) for x, y in values]
+    before = teacher.sheet.scores.recognised
+    student = Student(
+        mixer=mixer,
+        training=Training(
+            recipe=recipe,
+            command=f"visionhybrid graft {recipe} teacher=runs/{RECIPE}",
+            config=json.loads(to_json(config)),
+            parameters=sum(p.numel() for p in net.parameters()),
+            steps=config.alone.steps + config.whole.steps,
+            seconds=done.seconds,
+            loss=[(config.alone.steps + x, y) for x, y in series(last, "train")["loss"]],
+            held_out=held_out,
+        ),
+        sheet=sheet,
+        seconds=seconds,
+        kept=100 * sheet.scores.recognised / before if before else float("nan"),
+        distance=done.student["distance"],
+        alone=config.alone.steps,
+        layers=done.layers,
+    )
+    return student, net
+
+
+def _costs(nets: dict[str, HybridDiT], quick: bool) -> list[costs.MixerCost]:
+    """Of the mixers just trained, and of SLA with the blocks it was published with, made for long sequences."""
+    found: dict[str, Any] = {name: net.blocks[0].attn.mixer for name, net in nets.items()}
+    own = found["sla"]
+    found["sla, published blocks"] = mixers.create("sla", dim=own.dim, heads=own.heads, head_dim=own.head_dim)
+    return costs.compare(found, *(((2, 4), 1) if quick else ()))
+
+
+class Judging:
+    """Counts what the classifier recognises, and compares digits with the training digits."""
+
+    def __init__(self, run: Path, *, quick: bool) -> None:
+        self.judge = Judge(run)
+        self.digits = digits("train")[0][: 100 if quick else None]
+        self.features = self._features(self.digits)
+        self.count = 2 if quick else COUNT
+
+    def real(self) -> Sheet:
+        """The held-out digits: what the same numbers say of real ones."""
+        images, labels = digits("val")
+        order = torch.argsort(labels, stable=True)
+        return self._sheet(images[order], labels[order])
+
+    def draw(self, weights: str, config: GenerationConfig, seed: int) -> tuple[HybridDiT, Sheet, float]:
+        """The transformer of a pipeline's folder, its samples, and the seconds that one took. Noise depends on seed, class, number."""
+        logging.disable_progress_bar()
+        pipe, sampling = open_pipeline(weights), config.sampling
+        logging.enable_progress_bar()
+        pipe.set_progress_bar_config(disable=True)
+        labels = torch.arange(DIGIT_CLASSES).repeat_interleave(self.count)
+        noise = [mix(seed, "demo", label, i % self.count) for i, label in enumerate(labels.tolist())]
+        images, start = [], time.perf_counter()
+        for first in range(0, len(labels), BATCH):
+            part = slice(first, first + BATCH)
+            images.append(
+                pipe(
+                    labels[part].tolist(),
+                    generator=[torch.Generator().manual_seed(number) for number in noise[part]],
+                    num_inference_steps=sampling.steps,
+                    guidance_scale=sampling.guidance,
+                    output_type="pt",
+                ).images.cpu()
+            )
+        seconds = (time.perf_counter() - start) / len(labels)
+        return pipe.transformer, self._sheet(torch.cat(images), labels), seconds
+
+    def _sheet(self, images: Tensor, labels: Tensor) -> Sheet:
+        """`images` (N, 1, 8, 8) in [0, 1] in the order of their `labels`."""
+        right = torch.cat([self.judge(part) for part in images.split(BATCH)]) == labels
+        precision, recall = precision_recall(self.features, self._features(images))
+        nearest = (
+            torch.cdist(images.flatten(1), self.digits.flatten(1)).min(1).values / images[0].numel() ** 0.5
+        )
+        shown = torch.stack(
+            [(labels == c).nonzero().flatten()[: min(COLUMNS, self.count)] for c in range(DIGIT_CLASSES)]
+        )
+        return Sheet(
+            scores=Scores(
+                count=len(labels),
+                recognised=100 * float(right.double().mean()),
+                precision=precision,
+                recall=recall,
+                nearest=float(nearest.median()),
+            ),
+            pixels=(images[shown][:, :, 0] * 255).round().byte(),
+            right=right[shown].tolist(),
+        )
+
+    def _features(self, images: Tensor) -> Tensor:
+        return torch.cat([self.judge.features(part) for part in images.split(BATCH)]).double()
