@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from visionhybrid.data.classification import LabelledImages
 from visionhybrid.data.errors import CorruptSample
 from visionhybrid.data.latents import Cut, Latents, image_key
-from visionhybrid.data.store import Store, digest
+from visionhybrid.data.store import Store, StoreError, digest
 from visionhybrid.diffusion.autoencoder import Autoencoder
 from visionhybrid.infer.progress import bar
 from visionhybrid.train.config import Cache
@@ -35,7 +35,7 @@ def encode_images(
 ) -> Latents:
     """The latents of `images` at `size` pixels; those that the cache lacks are encoded. What was left out goes to `notes`.
 
-    Raises: StoreError: the cache cannot be written. ValueError: no image can be read.
+    Raises: StoreError: the cache cannot be written, or rows of another process are not there. ValueError: no image can be read.
     """
     cut, views, dtype = Cut(size), 1 + (flip > 0), DTYPES[cache.precision]
     store = Store(
@@ -93,6 +93,10 @@ def encode_images(
     for index in wanted:
         if index not in keys and index not in problems and not remembered(index):
             look(index)  # another process encoded it, and its source has no stamps
+    if lost := [index for index, key in keys.items() if key not in store]:
+        raise StoreError(
+            f"cache: {len(lost)} images that other processes should have encoded are not in {store.folder}"
+        )
     if problems:
         first = problems[min(problems)]
         notes.append(
@@ -181,7 +185,8 @@ def fill(
         look: number -> key and what is to be encoded; None: nothing. encode: so many of these -> their rows.
     """
     state = PartialState()
-    mine = wanted[state.process_index :: state.num_processes]
+    # by number, not by place in the list: another run may fill the store too, so lists may differ
+    mine = [index for index in wanted if index % state.num_processes == state.process_index]
     waiting: dict[str, Any] = {}
 
     def work() -> None:

@@ -46,18 +46,23 @@ class NewModel:
         self.vae = _checked(config, Autoencoder(_vae(config)), 1) if config.latent.vae else None
         channels, factor = (self.vae.channels, self.vae.factor) if self.vae else (config.channels, 1)
         self.shape = channels, config.data.image_size // factor, config.data.image_size // factor
+        with torch.device("meta"):  # what cannot be made is said before images are encoded for it
+            self._create()
 
     def build(self) -> nn.Module:
         """A new model, or that at `model.start`."""
-        config, (channels, side, _) = self.config, self.shape
-        given = {"side": side, "channels": channels, "classes": config.data.num_classes}
+        net, model = self._create(), self.config.model
+        if model.start:
+            net.load_state_dict(self.open(model.start).state_dict(), strict=model.start_strict)
+        return net
+
+    def _create(self) -> nn.Module:
+        (channels, side, _), model = self.shape, self.config.model
+        given = {"side": side, "channels": channels, "classes": self.config.data.num_classes}
         try:
-            net = create(config.model.name, **given, **config.model.options)
+            return create(model.name, **given, **model.options)
         except (TypeError, ValueError, NotImplementedError) as error:
             raise ConfigError(f"model.options: {error}") from None
-        if config.model.start:
-            net.load_state_dict(self.open(config.model.start).state_dict(), strict=config.model.start_strict)
-        return net
 
     def open(self, path: str | Path) -> nn.Module:
         """The model of a run directory, of a pipeline's folder, or by itself."""
