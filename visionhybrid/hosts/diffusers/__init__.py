@@ -8,6 +8,7 @@
     sana.py         a family: SANA, whose own attention is linear
     core.py         putting mixers in and taking them out; the guard against processors that would replace them
     models.py       the classes that save and load models with mixers
+    parallel.py     ranks that share the tokens: context parallelism
     published.py    authors' weights: LinFusion; authors.py: CLEAR, SLA
 
 To add a kind of attention: a file with a stateless processor, a function that lists a model's layers, one that makes the grid
