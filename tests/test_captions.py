@@ -1,0 +1,255 @@
+"""Folders of images with captions, and pipelines trained on them."""
+
+import json
+import shutil
+
+import pytest
+import tiny_pipelines
+import tiny_transformers
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from train_case import outcome
+
+import visionhybrid
+from visionhybrid.data.captions import open_captions
+from visionhybrid.train import override, run, validate
+from visionhybrid.train.config import (
+    Cache,
+    ConfigError,
+    Diffusion,
+    Generation,
+    Generator,
+    Images,
+    Loop,
+    Sampling,
+    Text,
+)
+from visionhybrid.train.generate import Generate
+
+pytestmark = pytest.mark.filterwarnings(
+    # diffusers' Euler scheduler with numpy 2
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
+
+def pictures(folder, count, first=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = torch.Generator().manual_seed(first)
+    for number in range(first, first + count):
+        pixels = torch.randint(256, (20 + number, 24, 3), generator=draw, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    return folder
+
+
+def captions(root, *, column="text", skip=False, hold_out=0):
+    found = open_captions(str(root), "train", "validation", column=column, skip=skip, hold_out=hold_out)
+    train, held_out, notes = found
+    return *(dict(zip(x.names, x.captions, strict=True)) for x in (train, held_out)), notes
+
+
+# ---- folders
+
+
+def test_captions_beside_their_images_and_in_metadata(tmp_path):
+    pictures(tmp_path, 2)
+    (tmp_path / "0.txt").write_text(" a zero\n")
+    (tmp_path / "1.txt").write_text("not this one")
+    pictures(tmp_path / "sub", 2, first=2)
+    (tmp_path / "metadata.csv").write_text('file_name,text\n1.png,"a one, in quotes"\nsub/2.png,a two\n')
+    (tmp_path / "sub" / "metadata.jsonl").write_text('{"file_name": "3.png", "text": "a three", "x": 1}\n\n')
+    train, held_out, notes = captions(tmp_path)
+    wanted = {"0.png": "a zero", "1.png": "a one, in quotes", "sub/2.png": "a two", "sub/3.png": "a three"}
+    assert train == held_out == wanted
+    assert notes == []
+    train, held_out, _ = captions(tmp_path, hold_out=3)
+    assert list(held_out) == ["0.png", "sub/3.png"]
+    assert list(train) == ["1.png", "sub/2.png"]
+
+
+def test_splits_have_folders_of_their_own(tmp_path):
+    for split, first in (("train", 0), ("validation", 4)):
+        for number in range(first, first + 2):
+            pictures(tmp_path / split, 1, first=number)
+            (tmp_path / split / f"{number}.txt").write_text(f"number {number}")
+    train, held_out, _ = captions(tmp_path, hold_out=2)
+    assert (list(train), list(held_out)) == (["0.png", "1.png"], ["4.png", "5.png"])
+    shutil.rmtree(tmp_path / "validation")
+    train, held_out, _ = captions(tmp_path, hold_out=2)
+    assert (list(train), list(held_out)) == (["1.png"], ["0.png"])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"0.txt": "a"}, r"1 of 2 images in .* have no caption, first 1\.png; text\.missing=skip"),
+        ({"0.txt": "a", "1.txt": " \n"}, "1 of 2 images"),
+        ({"metadata.csv": "file_name,text\n0.png,a\n1.png\n"}, "1 of 2 images"),
+        (
+            {"metadata.csv": "file_name,caption\n0.png,a\n"},
+            "line 2: no column 'text'; it has file_name, caption",
+        ),
+        ({"metadata.jsonl": '{"file_name": "0.png", "text": 3}'}, "line 1: 'text' is not text"),
+        ({"metadata.jsonl": '{"file_name": "0.png"'}, "line 1: not JSON"),
+        ({"metadata.jsonl": "[1]"}, "line 1: expected an object"),
+        (
+            {
+                "metadata.jsonl": "\n".join(
+                    json.dumps({"file_name": f"{i}.png", "text": "a"}) for i in range(3)
+                )
+            },
+            r"name 1 images that are not there, first 2\.png",
+        ),
+    ],
+)
+def test_what_is_wrong_with_captions(files, message, tmp_path):
+    pictures(tmp_path, 2)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        captions(tmp_path)
+
+
+def test_missing_captions_can_be_left_out_and_are_counted(tmp_path):
+    pictures(tmp_path, 3)
+    (tmp_path / "metadata.csv").write_text("file_name,words\n2.png,two\n9.png,nine\n")
+    train, _, notes = captions(tmp_path, skip=True, column="words")
+    assert train == {"2.png": "two"}
+    assert "skipped: metadata of" in notes[0]
+    assert "1 images that are not there" in notes[0]
+    assert "skipped: 2 of 3 images" in notes[1]
+    (tmp_path / "metadata.csv").unlink()
+    with pytest.raises(ValueError, match="3 of 3 images"):
+        captions(tmp_path, skip=True)
+    with pytest.raises(ValueError, match="no such folder"):
+        captions(tmp_path / "none")
+
+
+# ---- training
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = pictures(tmp_path_factory.mktemp("data"), 8)
+    for number in range(8):
+        (folder / f"{number}.txt").write_text(f"picture {number}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory):
+    """With mixers attached beforehand."""
+    pipe = tiny_pipelines.sd15()
+    visionhybrid.attach(pipe, "linfusion")
+    folder = tmp_path_factory.mktemp("pipe")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def tuned(pipeline, data, cache, *words):
+    config = Generation(
+        name="tuned",
+        model=Generator(pipeline=str(pipeline)),
+        data=Images(dataset="captions", root=str(data), num_classes=0, image_size=16),
+        diffusion=Diffusion(predict="pipeline", drop_label=0.3),
+        text=Text(hold_out=4),
+        cache=Cache(folder=str(cache)),
+        sampling=Sampling(steps=1, guidance=3.0, each=1, classes=1),
+        loop=Loop(batch_size=4, steps=2, workers=0, log_every=1, tensorboard=False, checkpoint_every=1),
+    )
+    return override(config, words)
+
+
+def test_a_pipeline_with_mixers_is_trained_killed_and_continued(sd15, data, tmp_path):
+    config = tuned(sd15, data, tmp_path / "cache", "optim.lr=1e-2", "loop.ema_decay=0.5")
+    whole = run(config, tmp_path / "whole", progress=False)
+    run(config, tmp_path / "stopped", progress=False)
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step_00000002")
+    run(config, tmp_path / "stopped", progress=False)
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+    with Image.open(tmp_path / "whole" / "samples" / "step_00000002" / "samples.png") as sheet:
+        assert sheet.size == (64 + 66, 66)
+    pipe = DiffusionPipeline.from_pretrained(whole["weights"])
+    pipe.set_progress_bar_config(disable=True)
+    mixers = [row.mixer for row in visionhybrid.describe(pipe.unet).rows]
+    assert mixers.count("linfusion") == 4
+    before, after = (
+        load_file(next((f / "unet").glob("*.safetensors"))) for f in (sd15, tmp_path / "whole" / "pipeline")
+    )
+    assert before.keys() == after.keys()
+    assert any(".mixer." in name and not torch.equal(before[name], after[name]) for name in before)
+    assert tiny_pipelines.draw(pipe, size=(16, 16)).isfinite().all()
+    assert validate(tmp_path / "whole", config) == pytest.approx(whole["metrics"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_other_families_are_trained_and_saved(name, data, tmp_path):
+    build = getattr(tiny_pipelines, name, None) or getattr(tiny_transformers, name)
+    build().save_pretrained(tmp_path / "pipe")
+    config = tuned(tmp_path / "pipe", data, tmp_path / "cache", "loop.steps=1", "sampling.classes=0")
+    done = run(config, tmp_path / "run", progress=False)
+    assert 0 < done["metrics"]["loss"] < 10
+    found = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())
+    assert found == json.loads((tmp_path / "pipe" / "model_index.json").read_text()) | {
+        "_name_or_path": found.get("_name_or_path", "")
+    }
+
+
+def test_a_step_is_told_its_caption_or_nothing(sd15, data, tmp_path):
+    task = Generate(tuned(sd15, data, tmp_path / "cache"))
+    family = task.generator.family
+    known, nothing = family.encode([f"picture {i}" for i in range(8)])["text"], family.nothing()["text"]
+    names, dropped = task.train_set.images.keys, 0
+    assert len(names) == 6  # images 0 and 4 are held out
+    for seed in range(40):
+        sample = task.train_set.sample(seed % 6, seed)
+        image = [1, 2, 3, 5, 6, 7][seed % 6]
+        told = nothing[0] if int(sample["label"]) < 0 else known[image]
+        dropped += int(sample["label"]) < 0
+        assert_close(sample["text"], told, rtol=1e-4, atol=1e-5)
+        assert sample["size"].tolist() == [20 + image, 24]
+    assert 5 < dropped < 20
+    asked = task.exercise({name: value[None] for name, value in sample.items()})
+    out = family.model(*asked.args, **asked.kwargs)[0]
+    assert_close(asked.loss(out), (out - sample["noise"]).square().mean(), rtol=1e-5, atol=0)
+
+
+def test_captions_are_encoded_once(sd15, data, tmp_path, monkeypatch):
+    config = tuned(sd15, data, tmp_path / "cache", "cache.precision=float16")
+    first = Generate(config)
+    monkeypatch.setattr(
+        "visionhybrid.diffusion.denoisers.StableDiffusion.encode", lambda *_: pytest.fail("encoded again")
+    )
+    again = Generate(config)
+    for a, b in zip(first.train_set.texts[0].values(), again.train_set.texts[0].values(), strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("model.pipeline=/nowhere", r"model\.pipeline: /nowhere: no diffusers pipeline"),
+        ("diffusion.predict=epsilon", r"diffusion\.predict: 'pipeline' is for model\.pipeline"),
+        ("data.dataset=digits", "'captions' is what model.pipeline is trained on"),
+        ("data.num_classes=10", r"data\.num_classes: captions are no classes"),
+        ("data.image_size=20", r"data\.image_size: the model takes multiples of 8, got 20"),
+        ("latent.vae=somewhere", "a pipeline brings its own"),
+        ("sampling.judge=somewhere", r"sampling\.judge: judges images of classes"),
+        ("text.max_length=5", "texts of one length"),
+        ("text.hold_out=1", r"text\.hold_out"),
+        ("model.start=/nowhere", "/nowhere: no pipeline"),
+    ],
+)
+def test_what_cannot_be_trained(word, message, sd15, data, tmp_path):
+    with pytest.raises((ConfigError, ValueError), match=message):
+        run(tuned(sd15, data, tmp_path / "cache", word), tmp_path / "run", progress=False)
+
+
+def test_a_denoiser_for_other_latents(data, tmp_path):
+    pipe = tiny_pipelines.sd15(in_channels=9)
+    pipe.save_pretrained(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="takes 9 channels, latents have 4; pipelines for inpainting"):
+        Generate(tuned(tmp_path / "pipe", data, tmp_path / "cache"))
