@@ -136,7 +136,7 @@ def test_every_recipe(name):
     config = recipes.find(name)
     assert check(config) == config
     assert config.name == name
-    generators = ("hybrid_dit",) if isinstance(config, Generation) else ()
+    generators = ("hybrid_dit", "pipeline") if isinstance(config, Generation) else ()
     assert timm.is_model(config.model.name) or config.model.name in generators
     assert f" {name}" in (function.__doc__ or "")
     assert from_json(to_json(config)) == config

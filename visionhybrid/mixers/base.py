@@ -92,6 +92,9 @@ class Mixer(nn.Module):
     """
 
     about: ClassVar[About]
+    asks = (
+        False  # for the sides of the grid though it needs none: set where another mixer is run on its inputs
+    )
     options: dict[
         str, Any
     ]  # JSON-able; `create(name, dim=, heads=, head_dim=, **options)` builds the same module

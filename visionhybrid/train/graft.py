@@ -161,6 +161,9 @@ class Grafts:
         if silent:
             visionhybrid.attach(self.teacher, "softmax", layers=silent)
             self.aware.update(silent)
+            for name in silent:
+                mixer: Any = self.teacher.get_submodule(name).mixer
+                mixer.asks = True
 
     def only(self, kept: set[str], student: nn.Module) -> nn.Module:
         """A copy of the teacher with the student's attention in the layers `kept`."""

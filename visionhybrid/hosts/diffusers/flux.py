@@ -99,12 +99,12 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
 
 
 def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
-    sides = any(model.get_submodule(f"{name}.mixer").about.grids for name in names)  # pyright: ignore[reportAttributeAccessIssue]
-    told = model.register_forward_pre_hook(partial(_tell, sides=sides), with_kwargs=True)
+    mixers = [model.get_submodule(f"{name}.mixer") for name in names]
+    told = model.register_forward_pre_hook(partial(_tell, mixers=mixers), with_kwargs=True)
     return [told, *hook_others(model, FluxAttention, names, drop)]
 
 
-def _tell(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, sides: bool) -> Call:
+def _tell(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, mixers: list[Any]) -> Call:
     """Numbers of text and image tokens, or the image's sides if they matter, into joint_attention_kwargs."""
     image, text = (
         argument(args, kwargs, place, name).shape[1]
@@ -112,7 +112,7 @@ def _tell(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, si
     )
     extra: dict[str, Any] = {"text_tokens": text, "grid": (image,)}
     given = argument(args, kwargs, KWARGS, "joint_attention_kwargs") or {}
-    if sides and "grid" not in given:
+    if "grid" not in given and any(mixer.about.grids or mixer.asks for mixer in mixers):
         extra["grid"] = _sides(argument(args, kwargs, IMG_IDS, "img_ids"))
     return added(args, kwargs, KWARGS, "joint_attention_kwargs", extra)
 

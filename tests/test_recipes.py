@@ -1,0 +1,144 @@
+"""Recipes of generators as published, run at tiny size: everything but the sizes is the recipe's."""
+
+import json
+
+import pytest
+import tiny_pipelines
+import tiny_transformers
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+import visionhybrid
+from visionhybrid.diffusion import HybridDiTPipeline
+from visionhybrid.train import find, override, run
+from visionhybrid.train.grafting import graft
+
+pytestmark = pytest.mark.filterwarnings(
+    # diffusers' schedulers on numpy 2
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+LOOP = [
+    "loop.batch_size=2",
+    "loop.micro_batch=none",
+    "loop.precision=no",
+    "loop.workers=0",
+    "loop.log_every=1",
+    "loop.tensorboard=false",
+    "sampling.steps=1",
+    "sampling.each=1",
+    "sampling.classes=1",
+    "eval_batch=2",
+]
+V_PREDICTION = dict(
+    prediction_type="v_prediction", beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
+)
+PIPELINES = {
+    "sd15": tiny_pipelines.sd15,
+    "sd21": lambda: tiny_pipelines.sd15(attention_head_dim=[4, 8], use_linear_projection=True),
+    "sdxl": tiny_pipelines.sdxl,
+    "flux": lambda: tiny_transformers.flux(guidance_embeds=True),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four captioned pictures."""
+    root = tmp_path_factory.mktemp("pictures")
+    for i in range(4):
+        Image.radial_gradient("L").resize((40 + i, 36)).convert("RGB").save(root / f"{i}.png")
+        (root / f"{i}.txt").write_text(f"{i} cats")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    """name -> folder of a saved tiny pipeline, made when it is asked for."""
+    root = tmp_path_factory.mktemp("pipelines")
+
+    def saved(name):
+        if not (root / name).is_dir():
+            pipe = PIPELINES[name]()
+            if name == "sd21":
+                pipe.scheduler = type(pipe.scheduler)(**V_PREDICTION)
+            pipe.save_pretrained(root / name)
+        return root / name
+
+    return saved
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vae")
+    tiny_pipelines.vae().save_pretrained(path)
+    return path
+
+
+def logged(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "train"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "pipeline", "words"),
+    [
+        ("linfusion_sd15", "sd15", []),
+        ("linfusion_sd21", "sd21", []),
+        ("linfusion_sdxl", "sdxl", ['by_layer={"dim == 64": {"mid_dim": 4}}']),
+        ("clear_flux", "flux", ["features=single_transformer_blocks.1.attn", "mixer_options.radius=2"]),
+        ("clear_flux_down4", "flux", ["features=single_transformer_blocks.1.attn"]),
+    ],
+)
+def test_grafts_of_pipelines(recipe, pipeline, words, folder, pipelines, tmp_path):
+    source = pipelines(pipeline)
+    small = [f"model.pipeline={source}", f"data.root={folder}", "data.image_size=32", "text.hold_out=2"]
+    small += [f"cache.folder={tmp_path / 'cache'}", "whole.steps=2", "text.max_length=0"]
+    config = override(find(recipe), [*LOOP, *small, *words])
+    report = graft(config, tmp_path / "out", progress=False)
+    assert report.student.keys() == {"loss", "distance"}
+    first = logged(tmp_path / "out" / "whole")[0]
+    weights = config.task_weight, config.output_weight, config.feature_weight
+    terms = [first[name] for name in ("task", "output", "feature")]
+    assert all(value > 0 for value in terms)
+    assert first["loss"] == pytest.approx(sum(w * t for w, t in zip(weights, terms, strict=True)), rel=1e-4)
+    # the released pipeline has the mixers, the teacher's folder has not
+    pipe, teacher = (DiffusionPipeline.from_pretrained(path) for path in (report.weights, source))
+    assert [row.mixer for row in visionhybrid.describe(pipe).mixed] == [x.mixer for x in report.layers]
+    assert {x.mixer for x in report.layers} == {config.mixer}
+    assert not visionhybrid.describe(teacher).mixed
+
+
+TINY_DIT = ["model.options.num_layers=1", "model.options.attention_head_dim=8"]
+DIGITS = ["data.dataset=digits", "data.num_classes=10", "data.image_size=16", "flip=0"]
+
+
+@pytest.mark.parametrize("recipe", ["dit_s2_in1k", "sit_b2_in1k", "lit_xl2_in1k"])
+def test_transformers_from_scratch(recipe, vae, tmp_path):
+    words = [
+        *LOOP,
+        *DIGITS,
+        *TINY_DIT,
+        f"latent.vae={vae}",
+        f"cache.folder={tmp_path / 'cache'}",
+        "loop.steps=1",
+    ]
+    run(override(find(recipe), words), tmp_path / "run", progress=False)
+    model = HybridDiTPipeline.from_pretrained(tmp_path / "run" / "pipeline").transformer
+    assert model.config.in_channels == 4
+    assert {block.attn.mixer.about.name for block in model.blocks} == {
+        "linear" if "lit" in recipe else "softmax"
+    }
+
+
+def test_lit_learns_from_a_dit(vae, tmp_path):
+    words = [*LOOP, *DIGITS, f"latent.vae={vae}", f"cache.folder={tmp_path / 'cache'}"]
+    shape = ["model.options.num_layers=1", "model.options.attention_head_dim=4"]  # six heads: 24 channels
+    run(override(find("dit_s2_in1k"), [*words, *shape, "loop.steps=1"]), tmp_path / "dit", progress=False)
+    more = [f"teacher={tmp_path / 'dit'}", "model.options.attention_head_dim=12", "whole.steps=1"]
+    report = graft(override(find("lit_s2_distil_in1k"), [*words, *more]), tmp_path / "lit", progress=False)
+    student, teacher = (
+        HybridDiTPipeline.from_pretrained(path).transformer
+        for path in (report.weights, tmp_path / "dit" / "pipeline")
+    )
+    assert (student.config.num_attention_heads, teacher.config.num_attention_heads) == (2, 6)
+    assert student.blocks[0].attn.mixer.options["conv"] == 5
+    assert {"task", "output", "feature"} < logged(tmp_path / "lit" / "whole")[0].keys()
