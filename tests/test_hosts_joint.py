@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_transformers as tiny
@@ -110,6 +112,23 @@ def test_linear_is_what_sana_computes():
     torch.testing.assert_close(output(model, **inputs), before, rtol=1e-5, atol=1e-5)
     visionhybrid.detach(model)
     assert torch.equal(output(model, **inputs), before)
+
+
+def test_threads_may_run_one_model_at_two_sizes():
+    model = transformer("sana")
+    visionhybrid.attach(model, "neighborhood", kernel_size=3)
+    runs = [sana_inputs((6, 8)), sana_inputs((8, 6))]
+    expected = [output(model, **inputs) for inputs in runs]
+    barrier = threading.Barrier(2, timeout=20)
+
+    def meet(*args):
+        barrier.wait()
+
+    for block in model.transformer_blocks:  # both are between a block and its attention
+        block.attn1.register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(2) as pool:
+        for got, want in zip(pool.map(lambda inputs: output(model, **inputs), runs), expected, strict=True):
+            torch.testing.assert_close(got, want)
 
 
 def test_mixers_that_cannot_honour_hunyuan_videos_mask_are_refused():

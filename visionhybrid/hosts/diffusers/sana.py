@@ -1,12 +1,13 @@
 """SANA: self attention over an image that is linear to begin with (attn1), which the mixer `linear` computes as well.
 
 The grid. A block is called with the sides of the image but calls its attention with nothing beside the tokens, and no dictionary
-goes down. So a hook on the block leaves the sides on its mixer just before. They come of the block's own arguments, hence are
-right when a checkpoint runs it again; they are not when two threads run one model at two sizes, where other families are.
+goes down. So a hook on the block puts its own arguments, the sides, where the thread keeps them just before: every thread has its
+own value, and a block that a checkpoint runs again sets it again.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ __all__ = ["FAMILIES", "SanaMixerProcessor"]
 PLAIN = frozenset({"SanaLinearAttnProcessor2_0"})
 # places among the arguments of SanaTransformerBlock.forward
 HEIGHT, WIDTH = 5, 6
+
+HERE = threading.local()  # `sides` of the block that runs in this thread
 
 
 class SanaMixerProcessor:
@@ -47,7 +50,7 @@ class SanaMixerProcessor:
         q = q if attn.norm_q is None else attn.norm_q(q)  # over all heads at once
         k = k if attn.norm_k is None else attn.norm_k(k)
         q, k, v = (y.unflatten(2, (attn.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, N, D)
-        out = mixer(q, k, v, grid=mixer.sides).transpose(1, 2).flatten(2)
+        out = mixer(q, k, v, grid=HERE.sides).transpose(1, 2).flatten(2)
         out = attn.to_out[1](attn.to_out[0](out))
         return out.clip(-65504, 65504) if out.dtype == torch.float16 else out
 
@@ -74,10 +77,7 @@ def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
 
 
 def _tell(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    block.attn1.mixer.sides = (
-        argument(args, kwargs, HEIGHT, "height"),
-        argument(args, kwargs, WIDTH, "width"),
-    )
+    HERE.sides = argument(args, kwargs, HEIGHT, "height"), argument(args, kwargs, WIDTH, "width")
 
 
 def _no_plan(model: Any) -> Plan:
