@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tiny_pipelines
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -48,6 +49,30 @@ def test_generate_continues_and_repeats_itself(trained, tmp_path):
 def test_generate_says_what_is_wrong(trained, tmp_path):
     assert "no class 'seven'" in call("generate", trained, tmp_path, "--label", "seven").output
     assert "no pipeline" in call("generate", tmp_path, tmp_path / "out").output
+
+
+def test_generate_from_prompts(tmp_path):
+    tiny_pipelines.sd15().save_pretrained(tmp_path / "pipe")
+    words = ("generate", tmp_path / "pipe", tmp_path / "out", "--steps", 1, "--size", 16)
+    prompts = ("--prompt", "a cat/dog", "--prompt", "a cat dog")
+    done = call(*words, *prompts, "--each", 2)
+    assert done.exit_code == 0, done.output
+    files = sorted((tmp_path / "out").rglob("*.png"))
+    assert [file.name for file in files] == ["00000.png", "00001.png"] * 2
+    assert all(file.parent.name.startswith("a-cat-dog-") for file in files)
+    assert len({file.read_bytes() for file in files}) == 4
+    with Image.open(files[0]) as image:
+        assert image.size == (16, 16)
+    for wrong in ((), ("--label", "7"), ("--prompt", "a", "--label", "7")):
+        assert "give --prompt" in call(*words, *wrong).output
+
+
+def test_generate_at_another_size(trained, tmp_path):
+    done = call("generate", trained, tmp_path, "--label", "3", "--steps", 1, "--size", 12)
+    assert done.exit_code == 0, done.output
+    with Image.open(tmp_path / "3" / "00000.png") as image:
+        assert image.size == (12, 12)
+    assert "--label" in call("generate", trained, tmp_path, "--prompt", "a cat").output
 
 
 def test_evaluate_two_folders(tmp_path):

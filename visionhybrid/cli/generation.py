@@ -59,35 +59,60 @@ def graft(
 
 @command(
     "  visionhybrid generate runs/hybrid_dit_digits digits/ --each 100\n"
-    "  visionhybrid generate runs/mine cats/ --label cat --label dog --each 8 --guidance 4 --grid cats.png"
+    "  visionhybrid generate runs/mine cats/ --label cat --label dog --each 8 --guidance 4 --grid cats.png\n"
+    "  visionhybrid generate runs/sd15_cats cats/ --prompt 'a cat on a roof' --each 4 --guidance 7.5 --size 512"
 )
 def generate(
     pipeline: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory or a diffusers folder.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder; images go to OUT/CLASS/NUMBER.png.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder; images go to OUT/CLASS_OR_PROMPT/NUMBER.png.")
+    ],
     label: Annotated[
         list[str] | None, typer.Option("--label", "-l", help="A class, by name or number; default: all.")
     ] = None,
-    each: Annotated[int, typer.Option("--each", "-n", min=1, help="Images of each class.")] = 1,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="What a text-to-image pipeline is to draw.")
+    ] = None,
+    each: Annotated[int, typer.Option("--each", "-n", min=1, help="Images of each class or prompt.")] = 1,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Calls of the model for an image.")] = 50,
     guidance: Annotated[float, typer.Option("--guidance", help="1: none.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Another one gives other images.")] = 0,
+    size: Annotated[
+        int | None, typer.Option("--size", min=1, help="Side in pixels; default: the pipeline's own.")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images computed at once.")] = 32,
     grid: Annotated[Path | None, typer.Option("--grid", help="Also one picture of them all.")] = None,
     device: Device = "",
     progress: Progress = True,
 ) -> None:
-    """Images of classes from a trained generator. Those that exist are kept, so the same command continues."""
+    """Images of classes or prompts from a trained generator. Those that exist are kept, so the same command continues."""
     from visionhybrid.diffusion.drawing import draw_files, draw_grid, open_pipeline
+    from visionhybrid.diffusion.pipeline import ClassPipeline
     from visionhybrid.infer.progress import bar
 
     pipe = open_pipeline(pipeline).to(pick_device(device))
-    known = set(pipe.config.labels)
-    labels = [x if x in known or not x.isdecimal() else int(x) for x in label] if label else None
-    count = each * max(1, len(labels or range(pipe.transformer.config.num_classes)))
+    of_classes = isinstance(pipe, ClassPipeline)
+    if prompt and of_classes:
+        raise UsageError("--prompt: this pipeline draws classes (--label)")
+    if not of_classes and (label or not prompt):
+        raise UsageError("this pipeline draws prompts: give --prompt, not --label")
+    wanted: list[str | int] | None = list(prompt) if prompt else None
+    if label:
+        known = set(pipe.config.labels)
+        wanted = [x if x in known or not x.isdecimal() else int(x) for x in label]
+    count = each * max(1, len(wanted or range(pipe.num_classes if of_classes else 0)))
     paths: list[Path] = []
     with bar(progress, "drawing") as update:
         for part in draw_files(
-            pipe, out, labels, each=each, seed=seed, steps=steps, guidance=guidance, batch_size=batch_size
+            pipe,
+            out,
+            wanted,
+            each=each,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            size=size,
+            batch_size=batch_size,
         ):
             paths += part
             update(len(paths) / count)

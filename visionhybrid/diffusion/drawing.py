@@ -2,56 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 
 from visionhybrid.data.images import atomic
 from visionhybrid.data.seeds import mix
-from visionhybrid.diffusion.pipeline import HybridDiTPipeline
+from visionhybrid.diffusion.autoencoder import Autoencoder
+from visionhybrid.diffusion.denoisers import FAMILIES, open_any
+from visionhybrid.diffusion.new import MODELS
+from visionhybrid.diffusion.pipeline import ClassPipeline
 
 
-def open_pipeline(path: str | Path) -> HybridDiTPipeline:
-    """The pipeline in a run directory or a diffusers folder.
+def open_pipeline(path: str | Path) -> Any:
+    """The pipeline in a run directory or a diffusers folder: ours of classes, or one of diffusers that takes prompts.
 
     Raises:
-        ValueError: none there.
+        ValueError: none there, or one that takes neither.
     """
-    path = Path(path)
-    for folder in (path / "pipeline", path):
+    for folder in (Path(path) / "pipeline", Path(path)):
         if (folder / "model_index.json").is_file():
-            return HybridDiTPipeline.from_pretrained(folder, use_safetensors=True)
+            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+            ours = {kind.__name__: kind for _, kind in MODELS.values()}.get(index.get("_class_name"))
+            pipe = ours.from_pretrained(folder, use_safetensors=True) if ours else open_any(str(folder))
+            if ours is None and "prompt" not in signature(type(pipe).__call__).parameters:
+                raise ValueError(f"{path}: {type(pipe).__name__} takes no prompts")
+            return pipe
     raise ValueError(f"{path}: no pipeline; expected model_index.json there or in its folder pipeline/")
 
 
 def draw_files(
-    pipe: HybridDiTPipeline,
+    pipe: Any,
     out: str | Path,
-    labels: Sequence[str | int] | None = None,
+    wanted: Sequence[str | int] | None = None,
     *,
     each: int = 1,
     seed: int = 0,
     steps: int = 50,
     guidance: float = 1.0,
+    size: int | None = None,
     batch_size: int = 32,
 ) -> Iterator[list[Path]]:
-    """Write OUT/CLASS/NUMBER.png; files that exist stay as they are. Yields the paths of each batch, old ones first.
+    """Write OUT/CLASS/NUMBER.png or OUT/PROMPT/NUMBER.png; files that exist stay as they are. Yields the paths of each batch, old ones first.
 
     Args:
-        labels: names or numbers; None: all classes. An unconditional model has one folder, "all".
-        each: images of a class. seed: another one gives other images. steps, guidance: see the pipeline.
+        wanted: classes by name or number (None: all; an unconditional model has one folder, "all"), or prompts.
+        each: images of a class or prompt. seed: another one gives other images. steps, guidance: see the pipeline.
+        size: side of the images in pixels; None: what the pipeline makes by itself.
     Raises:
-        ValueError: an unknown class.
+        ValueError: an unknown class, or no prompt.
     """
-    out, names = Path(out), list(pipe.config.labels)
-    count = pipe.transformer.config.num_classes
-    ids = pipe.label_ids(labels) if labels is not None else list(range(count))
-    folders = [names[i] if names else str(i) for i in ids] or ["all"]
+    draws = _of_classes if isinstance(pipe, ClassPipeline) else _of_prompts
+    items, names, draw = draws(pipe, wanted, size)
     jobs = [
-        (label, mix(seed, "image", label or 0, number), out / folder.replace("/", "_") / f"{number:05d}.png")
-        for label, folder in zip(ids or [None], folders, strict=True)
+        (item, mix(seed, "image", item or 0, number), Path(out) / name / f"{number:05d}.png")
+        for item, name in zip(items, names, strict=True)
         for number in range(each)
     ]
     if old := [path for _, _, path in jobs if path.is_file()]:
@@ -60,9 +71,8 @@ def draw_files(
     pipe.set_progress_bar_config(disable=True)
     for first in range(0, len(new), batch_size):
         part = new[first : first + batch_size]
-        images = pipe(
-            [label for label, _, _ in part] if count else None,  # pyright: ignore[reportArgumentType]
-            num_images=len(part),
+        images = draw(
+            [item for item, _, _ in part],
             generator=[torch.Generator().manual_seed(number) for _, number, _ in part],
             num_inference_steps=steps,
             guidance_scale=guidance,
@@ -72,6 +82,47 @@ def draw_files(
             with atomic(path) as file:
                 image.save(file, format="PNG")
         yield [path for _, _, path in part]
+
+
+Draws = tuple[list[Any], list[str], Callable[..., Any]]  # what is drawn, its folders, and how
+
+
+def _of_classes(pipe: ClassPipeline, labels: Sequence[str | int] | None, size: int | None) -> Draws:
+    names, count = list(pipe.config.labels), pipe.num_classes
+    ids = pipe.label_ids(labels) if labels is not None else list(range(count))
+    folders = [names[i].replace("/", "_") if names else str(i) for i in ids] or ["all"]
+    side = None
+    if size is not None:
+        factor = 1 if pipe.vae is None else Autoencoder(pipe.vae).factor
+        if size % factor:
+            raise ValueError(f"size: this pipeline makes multiples of {factor}, got {size}")
+        side = size // factor
+
+    def draw(part: list[Any], **call: Any) -> Any:
+        classes = part if count else None
+        return pipe(classes, num_images=len(part), height=side, width=side, **call)
+
+    return ids or [None], folders, draw
+
+
+def _of_prompts(pipe: Any, prompts: Sequence[str | int] | None, size: int | None) -> Draws:
+    if not prompts:
+        raise ValueError("this pipeline draws prompts: give at least one")
+    family = FAMILIES.get(type(pipe).__name__)
+    given = dict(family.call) if family else {}
+    if size is not None:
+        given |= {"height": size, "width": size}
+
+    def draw(part: list[Any], **call: Any) -> Any:
+        return pipe(prompt=part, **given, **call)
+
+    return [str(prompt) for prompt in prompts], [folder_of(str(prompt)) for prompt in prompts], draw
+
+
+def folder_of(prompt: str) -> str:
+    """A name of a folder for the images of a prompt: its beginning, and a number that tells it from others."""
+    words = re.sub(r"[^0-9A-Za-z]+", "-", prompt).strip("-")[:40]
+    return f"{words}-{mix('prompt', prompt) % 16**6:06x}"
 
 
 def draw_grid(paths: Sequence[Path], columns: int, out: str | Path) -> None:
