@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from visionhybrid.kernels.neighborhood_attention import plain as neighborhood
 from visionhybrid.kernels.neighborhood_attention import reference as neighborhood_reference
@@ -71,14 +72,44 @@ def test_weights_kept_by_tile(sides, kernel, dilation, budget, monkeypatch):
             shared.aggregate(weights, values, kernel, dilation),
             neighborhood_reference.aggregate(compact, values, kernel, dilation),
         )
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(shared.weights_op, (q, k, rpb, kernel, dilation, 0.7), test_utils=tests)
-    torch.library.opcheck(shared.aggregate_op, (weights, v, kernel, dilation), test_utils=tests)
+    torch.library.opcheck(shared.weights_op, (q, k, rpb, kernel, dilation, 0.7))
+    torch.library.opcheck(shared.aggregate_op, (weights, v, kernel, dilation))
 
 
-def test_weights_by_tile_have_no_gradients():
-    x = torch.randn(1, 1, 4, 4, 4, requires_grad=True)
-    assert shared.unsupported(x) == "no gradients"
-    with torch.no_grad():
-        assert shared.unsupported(x) is None
-    assert shared.unsupported(x.to("meta")) == "CPU only"
+@pytest.mark.parametrize("frozen", [False, True], ids=["table learns", "table frozen"])
+@pytest.mark.parametrize("budget", [1, 10**7])
+@pytest.mark.parametrize(
+    ("sides", "kernel", "dilation"),
+    [((13, 17), [5, 5], [2, 3]), ((3, 20), [7, 5], [1, 4]), ((1, 1), [3, 3], [1, 1])],
+)
+def test_gradients_of_weights_kept_by_tile(sides, kernel, dilation, budget, frozen, monkeypatch):
+    """Of weights that are used twice, the second time for what the first gave: against the definition's."""
+    monkeypatch.setattr(shared.tiled, "BUDGET", budget)
+    q, k, v = (torch.randn(3, 2, 6, *sides, dtype=torch.float64).movedim(2, -1) for _ in range(3))
+    rpb = torch.randn(2, *(2 * side - 1 for side in kernel), dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in ((q, k, v) if frozen else (q, k, v, rpb))]
+    cotangent = torch.randn_like(v)
+
+    def gradients(weights, aggregate):
+        once = aggregate(weights, v, kernel, dilation)
+        return torch.autograd.grad(aggregate(weights, once + v, kernel, dilation), leaves, cotangent)
+
+    compact = neighborhood_reference.scores(q, k, rpb, kernel, dilation, 0.7).softmax(-1)
+    want = gradients(compact, neighborhood_reference.aggregate)
+    got = gradients(shared.weights(q, k, rpb, kernel, dilation, 0.7), shared.aggregate)
+    torch.testing.assert_close(got, want)
+
+
+def test_weights_by_tile_are_for_processors():
+    assert shared.unsupported(torch.empty(1, 1, 4, 4, 4)) is None
+    assert shared.unsupported(torch.empty(1, 1, 4, 4, 4, device="meta")) == "CPU only"
+    with FakeTensorMode():
+        assert shared.unsupported(torch.empty(1, 1, 4, 4, 4)) == "plain tensors only"
+
+
+def test_inference_leaves_nothing_that_training_cannot_use():
+    q = torch.randn(1, 1, 5, 23, 2)  # sizes of no other test: nothing is kept for them yet
+    with torch.inference_mode():
+        neighborhood_reference.scores(q, q, None, [5, 5], [1, 2], 1.0)
+    q.requires_grad_()
+    neighborhood_reference.scores(q, q, None, [5, 5], [1, 2], 1.0).sum().backward()

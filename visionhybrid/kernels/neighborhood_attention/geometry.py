@@ -83,7 +83,9 @@ def _bounds(axis: Axis) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return group, p, m, lo, torch.minimum(lo + axis.kernel, m)
 
 
+# What is kept for later calls must not be an inference tensor: autograd could not save it.
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def windows(axis: Axis) -> Windows:
     """The definition: every query's keys along one axis."""
     group, p, m, lo, hi = _bounds(axis)
@@ -94,6 +96,7 @@ def windows(axis: Axis) -> Windows:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def tiles(axis: Axis, size: int) -> Tiles:
     """The axis cut into runs of at most `size` queries of one group."""
     group, p, m, lo, hi = _bounds(axis)

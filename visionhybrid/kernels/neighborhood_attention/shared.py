@@ -1,14 +1,15 @@
-"""One set of attention weights for several maps of values, at inference on a CPU: weights stay dense, by tile.
+"""One set of attention weights for several maps of values, on a CPU: weights stay dense, by tile.
 
 `neighborhood_scores` and `neighborhood_aggregate` exchange compact weights, one for each key a query sees. Those are picked out of
 the dense scores of a tile, and spread again for every map of values, which costs more than the matrix products. Here the dense
-weights of `tiled.py`'s tiles are what is kept: ((T + K - 1) / K)^2 times the memory, no gradients, maps (two axes) only.
+weights of `tiled.py`'s tiles are what is kept, also for the gradients: ((T + K - 1) / K)^2 times the memory, maps (two axes) only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from visionhybrid.kernels.neighborhood_attention import tiled
 from visionhybrid.kernels.neighborhood_attention.geometry import Axis, Tiles, axes_of, tiles
-from visionhybrid.kernels.operators import count_operations, register
+from visionhybrid.kernels.operators import count_operations, end_of_derivatives, register
 from visionhybrid.kernels.precision import wide, widened
 
 
@@ -24,8 +25,10 @@ def unsupported(*maps: Tensor) -> str | None:
     """Why these tensors cannot go through dense weights."""
     if any(x.device.type != "cpu" for x in maps):
         return "CPU only"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in maps):
-        return "no gradients"
+    if any(
+        type(x) not in (Tensor, torch.nn.Parameter) for x in maps
+    ):  # fake ones would get into the tables kept here
+        return "plain tensors only"
     return None
 
 
@@ -89,6 +92,29 @@ def _take(x: Tensor, axes: tuple[Axis, ...], name: str) -> Tensor:
     return matrix.index_select(0, rows).view(-1, pixels.shape[1], x.shape[-1])
 
 
+def _put(tiles: Tensor, axes: tuple[Axis, ...], like: Tensor) -> Tensor:
+    """Queries of tiles (B * heads * tiles, run, D) on a map of the shape and type of `like`; repeated ones are dropped."""
+    matrix, rows = _rows(tiles.view(*like.shape[:2], -1, like.shape[-1]), _places(axes))
+    return matrix.index_select(0, rows).view(like.shape).to(like.dtype)
+
+
+def _cut(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    """The transpose of `_put`: (B, heads, H, W, D) -> (B * heads * tiles, run, D), repeated queries 0."""
+    pixels = _pixels(axes, "query")
+    out = x.new_zeros(*x.shape[:2], *pixels.shape, x.shape[-1], dtype=widened(x))
+    matrix, rows = _rows(out, _places(axes))
+    matrix.index_copy_(0, rows, wide(x).reshape(-1, x.shape[-1]))
+    return matrix.view(-1, pixels.shape[1], x.shape[-1])
+
+
+def _add(tiles: Tensor, axes: tuple[Axis, ...], like: Tensor) -> Tensor:
+    """The transpose of `_take` of keys: (B * heads * tiles, run, D), summed on a map of the shape and type of `like`."""
+    total = torch.zeros(like.shape, dtype=tiles.dtype)
+    matrix, rows = _rows(total, _pixels(axes, "key").flatten())
+    matrix.index_add_(0, rows, tiles.flatten(0, 1))
+    return total.to(like.dtype)
+
+
 def _images(weights: Tensor) -> Iterator[slice]:
     """So many images at a time that their weights stay within `tiled.BUDGET`."""
     step = max(1, tiled.BUDGET // weights[0].numel())
@@ -121,10 +147,60 @@ def aggregate_op(weights: Tensor, v: Tensor, kernel_size: Sequence[int], dilatio
     axes = axes_of(v.shape[2:-1], kernel_size, dilation)
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     for some in _images(weights) if len(v) else ():
-        tile = weights[some].flatten(0, 1) @ _take(v[some], axes, "key")
-        matrix, rows = _rows(tile.view(*v[some].shape[:2], -1, v.shape[-1]), _places(axes))
-        out[some] = matrix.index_select(0, rows).view(out[some].shape)
+        out[some] = _put(weights[some].flatten(0, 1) @ _take(v[some], axes, "key"), axes, v[some])
     return out
+
+
+@partial(register, "neighborhood_shared_weights_backward")
+def _weights_backward(
+    grad: Tensor,
+    weights: Tensor,
+    q: Tensor,
+    k: Tensor,
+    rpb: Tensor,
+    rpb_learns: bool,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    axes = axes_of(q.shape[2:-1], kernel_size, dilation)
+    dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    summed = torch.zeros_like(weights[0]) if rpb_learns and len(q) else None
+    for some in _images(weights) if len(q) else ():
+        p = weights[some]
+        ds = torch._softmax_backward_data(grad[some], p, -1, p.dtype)
+        if summed is not None:
+            summed += ds.sum(0)
+        ds = ds.flatten(0, 1)
+        dq[some] = _put(ds @ _take(k[some], axes, "key") * scale, axes, q[some])
+        dk[some] = _add(ds.mT @ _take(q[some], axes, "query") * scale, axes, k[some])
+    return dq, dk, rpb.new_empty(0) if not rpb_learns else _table_gradient(summed, rpb, axes)
+
+
+def _table_gradient(summed: Tensor | None, rpb: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    """Gradients of scores (heads * tiles, T, R), summed over the images, collected in the table."""
+    if summed is None:
+        return torch.zeros_like(rpb, memory_format=torch.contiguous_format)
+    entries, kind = _patterns(axes)
+    of_kind = summed.new_zeros(len(rpb), *entries.shape)
+    of_kind.index_add_(1, kind, summed.view(len(rpb), -1, *entries.shape[1:]))
+    table = summed.new_zeros(len(rpb), rpb[0].numel() + 1)
+    table.scatter_add_(1, entries.flatten().expand(len(rpb), -1), of_kind.flatten(1))
+    return table[:, :-1].reshape(rpb.shape).to(rpb.dtype)
+
+
+@partial(register, "neighborhood_shared_aggregate_backward")
+def _aggregate_backward(
+    grad: Tensor, weights: Tensor, v: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    axes = axes_of(v.shape[2:-1], kernel_size, dilation)
+    dweights = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+    for some in _images(weights) if len(v) else ():
+        g = _cut(grad[some], axes)
+        torch.bmm(g, _take(v[some], axes, "key").mT, out=dweights[some].flatten(0, 1))
+        dv[some] = _add(weights[some].flatten(0, 1).mT @ g, axes, v[some])
+    return dweights, dv
 
 
 @weights_op.register_fake
@@ -140,6 +216,45 @@ def _(weights, v, kernel_size, dilation):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
+@_weights_backward.register_fake
+def _(grad, weights, q, k, rpb, rpb_learns, kernel_size, dilation, scale):
+    dq, dk, drpb = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, rpb))
+    return dq, dk, drpb if rpb_learns else rpb.new_empty(0)
+
+
+@_aggregate_backward.register_fake
+def _(grad, weights, v, kernel_size, dilation):
+    dweights, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (weights, v))
+    return dweights, dv
+
+
+def _save_weights(ctx: Any, inputs: Any, output: Tensor) -> None:
+    q, k, rpb, *ctx.options = inputs
+    ctx.save_for_backward(output, q, k, rpb)
+
+
+def _differentiate_weights(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weights, q, k, rpb = ctx.saved_tensors
+    learns = ctx.needs_input_grad[2]
+    dq, dk, drpb = _weights_backward(grad.contiguous(), weights, q, k, rpb, learns, *ctx.options)
+    return dq, dk, drpb if learns else None, None, None, None
+
+
+def _save_aggregate(ctx: Any, inputs: Any, output: Tensor) -> None:
+    weights, v, *ctx.options = inputs
+    ctx.save_for_backward(weights, v)
+
+
+def _differentiate_aggregate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_aggregate_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None
+
+
+weights_op.register_autograd(_differentiate_weights, setup_context=_save_weights)
+aggregate_op.register_autograd(_differentiate_aggregate, setup_context=_save_aggregate)
+end_of_derivatives(_weights_backward, "shared neighborhood weights")
+end_of_derivatives(_aggregate_backward, "shared neighborhood weights")
+
+
 # What the definition needs, as for the two halves: tiles multiply more.
 @count_operations("neighborhood_shared_weights")
 def _(q, k, rpb, kernel_size, dilation, *args, **kwargs):
@@ -149,6 +264,16 @@ def _(q, k, rpb, kernel_size, dilation, *args, **kwargs):
 @count_operations("neighborhood_shared_aggregate")
 def _(weights, v, kernel_size, dilation, *args, **kwargs):
     return 2 * v[0] * v[1] * _pairs(v[2:-1], kernel_size, dilation) * v[-1]
+
+
+@count_operations("neighborhood_shared_weights_backward")
+def _(grad, weights, q, k, rpb, rpb_learns, kernel_size, dilation, *args, **kwargs):
+    return 4 * q[0] * q[1] * _pairs(q[2:-1], kernel_size, dilation) * q[-1]
+
+
+@count_operations("neighborhood_shared_aggregate_backward")
+def _(grad, weights, v, kernel_size, dilation, *args, **kwargs):
+    return 4 * v[0] * v[1] * _pairs(v[2:-1], kernel_size, dilation) * v[-1]
 
 
 def _pairs(sides: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> int:
