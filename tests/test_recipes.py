@@ -5,12 +5,17 @@ import json
 import pytest
 import tiny_pipelines
 import tiny_transformers
+import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import save
 
 import visionhybrid
+from visionhybrid.data.encoded import open_encoded
+from visionhybrid.data.errors import CorruptSample
 from visionhybrid.diffusion import HybridDiTPipeline
 from visionhybrid.train import find, override, run
+from visionhybrid.train.encoded import encode_clips
 from visionhybrid.train.grafting import graft
 
 pytestmark = pytest.mark.filterwarnings(
@@ -105,6 +110,84 @@ def test_grafts_of_pipelines(recipe, pipeline, words, folder, pipelines, tmp_pat
     assert [row.mixer for row in visionhybrid.describe(pipe).mixed] == [x.mixer for x in report.layers]
     assert {x.mixer for x in report.layers} == {config.mixer}
     assert not visionhybrid.describe(teacher).mixed
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Four clips of five frames, encoded; half of them folders of frames, half animated."""
+    root = tmp_path_factory.mktemp("clips")
+    for i in range(4):
+        frames = [
+            Image.radial_gradient("L").rotate(9 * i * t).resize((50, 34)).convert("RGB") for t in range(6)
+        ]
+        if i % 2:
+            frames[0].save(root / f"{i}.gif", save_all=True, append_images=frames[1:])
+        else:
+            (root / str(i)).mkdir()
+            for t, frame in enumerate(frames):
+                frame.save(root / str(i) / f"{t}.png")
+        (root / f"{i}.txt").write_text(f"{i} cats")
+    pipeline, out = root / "wan", root / "encoded"
+    tiny_transformers.wan().save_pretrained(pipeline)
+    shape = dict(frames=5, height=32, width=48)
+    files = encode_clips(str(pipeline), _only_clips(root), out, **shape, progress=False)
+    before = [path.stat().st_mtime_ns for path in files]
+    assert encode_clips(str(pipeline), root / "raw", out, **shape, progress=False) == files
+    assert [path.stat().st_mtime_ns for path in files] == before
+    (root / "raw" / "0.txt").unlink()
+    files[0].unlink()
+    with pytest.raises(ValueError, match="has no caption"):
+        encode_clips(str(pipeline), root / "raw", out, **shape, progress=False)
+    return pipeline, out
+
+
+def _only_clips(root):
+    (root / "raw").mkdir()
+    for path in list(root.iterdir()):
+        if path.name != "raw" and path.name != "wan":
+            path.rename(root / "raw" / path.name)
+    return root / "raw"
+
+
+@pytest.mark.parametrize("recipe", ["sla_wan_1_3b", "sla_wan_1_3b_finetune"])
+def test_grafts_of_a_video_model(recipe, clips, tmp_path):
+    pipeline, encoded = clips
+    words = [f"model.pipeline={pipeline}", f"data.root={encoded}", "text.hold_out=3", "loop.ema_decay=0.5"]
+    phase = "tune" if "finetune" in recipe else "whole"
+    blocks = ["mixer_options.block_q=8", "mixer_options.block_k=4", f"{phase}.steps=1"]
+    config = override(find(recipe), [*LOOP, *words, *blocks])
+    report = graft(config, tmp_path / "out", progress=False)
+    assert [x.name for x in report.layers] == ["blocks.0.attn1", "blocks.1.attn1"]
+    (first,) = logged(tmp_path / "out" / phase)
+    if phase == "whole":
+        assert first["loss"] == pytest.approx(first["output"], rel=1e-5)
+        assert first["task"] > 0
+    # without the parts that had nothing to do; the others are the teacher's
+    whole = DiffusionPipeline.from_pretrained(pipeline)
+    others = {name: getattr(whole, name) for name in ("vae", "text_encoder", "tokenizer")}
+    pipe = DiffusionPipeline.from_pretrained(report.weights, **others)
+    assert [row.mixer for row in visionhybrid.describe(pipe).mixed] == ["sla", "sla"]
+    assert report.student["distance"] > 0
+
+
+def test_encoded_data_that_do_not_fit(clips, tmp_path):
+    pipeline, encoded = clips
+    base = [*LOOP, f"model.pipeline={pipeline}", f"data.root={encoded}", "loop.ema_decay=none"]
+    for word, message in (
+        ("diffusion.drop_label=0.1", "cannot be dropped"),
+        (f"data.root={tmp_path}", "no encoded samples"),
+        ("data.num_classes=3", "captions are no classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            graft(override(find("sla_wan_1_3b"), [*base, word]), tmp_path / "out", progress=False)
+    (tmp_path / "a.safetensors").write_bytes(save({"x": torch.zeros(1)}))
+    with pytest.raises(ValueError, match="no tensor 'latent'; it has x"):
+        open_encoded(str(tmp_path), "train", "val", 0)
+    source, _ = open_encoded(str(encoded), "train", "val", 0)
+    (tmp_path / "b.safetensors").write_bytes(save({"latent": torch.zeros(3, 1, 2, 2)}))
+    source.files.append(tmp_path / "b.safetensors")
+    with pytest.raises(CorruptSample, match="the first file"):
+        source.sample(len(source) - 1, 0)
 
 
 TINY_DIT = ["model.options.num_layers=1", "model.options.attention_head_dim=8"]

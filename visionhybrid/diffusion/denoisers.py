@@ -255,6 +255,22 @@ class Flux(Family):
         return torch.nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
 
 
+class Wan(Family):
+    """A video, (B, C, T, h, w)."""
+
+    def encode(self, captions: list[str]) -> Row:
+        # as long as the pipeline's own call makes them
+        length = {"max_sequence_length": 512, **self.length}
+        text, _ = self.pipe.encode_prompt(
+            captions, do_classifier_free_guidance=False, device=self._device, **length
+        )
+        return {"text": text}
+
+    def inputs(self, x: Tensor, times: Tensor, given: Mapping[str, Tensor]) -> Inputs:
+        kwargs = {"encoder_hidden_states": given["text"], "timestep": times}
+        return (x,), {**kwargs, "return_dict": False}
+
+
 # By the names of pipelines, because importing them all takes seconds.
 FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
@@ -264,6 +280,7 @@ FAMILIES: dict[str, type[Family]] = {
     "SanaPipeline": Sana,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
+    "WanPipeline": Wan,
 }
 
 

@@ -18,6 +18,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from visionhybrid.data.captions import Captioned, open_captions
 from visionhybrid.data.classification import LabelledImages, Source, open_source
+from visionhybrid.data.encoded import Encoded, open_encoded
 from visionhybrid.data.errors import CorruptSample
 from visionhybrid.data.latents import Cut, Latents
 from visionhybrid.data.seeds import mix
@@ -25,6 +26,7 @@ from visionhybrid.diffusion.drawing import sheet
 from visionhybrid.train import state
 from visionhybrid.train.config import ConfigError, Generation
 from visionhybrid.train.distill import Inputs
+from visionhybrid.train.encoded import OfEncoded
 from visionhybrid.train.encoding import Texts, encode_captions, encode_images, on_device
 from visionhybrid.train.generators import RELEASED, OfPipeline, noise_of, open_generator
 from visionhybrid.train.judge import Judge
@@ -32,7 +34,7 @@ from visionhybrid.train.noising import Noising, noising, squared_errors
 from visionhybrid.train.sampler import Sample, stack
 from visionhybrid.train.task import share
 
-Images = LabelledImages | Latents
+Images = LabelledImages | Latents | Encoded
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,21 @@ class Generate:
             raise ConfigError("sampling.judge: judges images of classes, there are none (data.num_classes=0)")
         return Judge(self.config.sampling.judge)
 
-    def _sources(self) -> tuple[Source, Source]:
+    def _sources(self) -> tuple[Source | Encoded, Source | Encoded]:
         data, text = self.config.data, self.config.text
-        if (data.dataset == "captions") != isinstance(self.generator, OfPipeline):
+        captioned = data.dataset in ("captions", "encoded")
+        if captioned != isinstance(self.generator, OfPipeline):
             raise ConfigError(
-                "data.dataset: 'captions' is what model.pipeline is trained on, and nothing else is"
+                "data.dataset: 'captions' or 'encoded' is what model.pipeline is trained on, and nothing else is"
             )
+        if captioned and data.num_classes:
+            raise ConfigError("data.num_classes: captions are no classes, set it to 0")
+        if isinstance(self.generator, OfEncoded):
+            sources = open_encoded(data.root, data.train, data.held_out, text.hold_out)
+            for source in sources:
+                self.generator.check(source)
+            return sources
         if data.dataset == "captions":
-            if data.num_classes:
-                raise ConfigError("data.num_classes: captions are no classes, set it to 0")
             skip = text.missing == "skip"
             *sources, notes = open_captions(
                 data.root, data.train, data.held_out, column=text.column, skip=skip, hold_out=text.hold_out
@@ -111,7 +119,9 @@ class Generate:
             )
         return train, held_out
 
-    def _images(self, source: Source, flip: float) -> Images:
+    def _images(self, source: Source | Encoded, flip: float) -> Images:
+        if isinstance(source, Encoded):
+            return source
         config, size = self.config, self.config.data.image_size
         images = LabelledImages(source, _transform(size, flip), {1: "L", 3: "RGB"}[config.channels])
         vae = self.generator.vae
@@ -121,7 +131,7 @@ class Generate:
             images, vae, size, config.cache, flip=flip, draw=config.latent.draw, notes=self.notes
         )
 
-    def _texts(self, source: Source) -> Texts | None:
+    def _texts(self, source: Source | Encoded) -> Texts | None:
         if not (isinstance(self.generator, OfPipeline) and isinstance(source, Captioned)):
             return None
         family = self.generator.family
@@ -252,6 +262,8 @@ class Generate:
 
     def samples(self, model: nn.Module, folder: Path) -> list[Path]:
         """One sheet: a row for each class or prompt, the same noise in each column at every validation."""
+        if not self.generator.draws:
+            return []
         sampling, classes = self.config.sampling, self.config.data.num_classes
         wanted: Sequence[Any] = self.prompts or range(classes) or [0] * sampling.classes
         names = self.prompts or self.train_set.classes or tuple(map(str, range(classes)))

@@ -32,6 +32,10 @@ def open_generator(config: Generation) -> NewModel | OfPipeline:
         raise ConfigError(
             f"model.name: a generator is 'pipeline', {', '.join(map(repr, MODELS))}, got {name!r}"
         )
+    if config.data.dataset == "encoded" and pipeline:
+        from visionhybrid.train.encoded import OfEncoded  # it stands on this file
+
+        return OfEncoded(config)
     return OfPipeline(config) if pipeline else NewModel(config)
 
 
@@ -39,6 +43,7 @@ class NewModel:
     """A model by its name and options, in pixels or latents, of classes or without."""
 
     scheduler: Any = None  # the noise is the config's business
+    draws = True  # pictures
 
     def __init__(self, config: Generation) -> None:
         self.config = config
@@ -116,6 +121,8 @@ class NewModel:
 
 class OfPipeline:
     """The denoiser of a text-to-image pipeline of diffusers."""
+
+    draws = True
 
     def __init__(self, config: Generation) -> None:
         self.config = config
