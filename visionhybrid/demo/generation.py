@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging
 from torch import Tensor
 
 from visionhybrid import mixers
@@ -21,7 +20,7 @@ from visionhybrid.data.samples import DIGIT_CLASSES, digits
 from visionhybrid.data.seeds import mix
 from visionhybrid.demo import costs
 from visionhybrid.demo.training import Training, clear, record, series, train
-from visionhybrid.diffusion import HybridDiT
+from visionhybrid.diffusion import HybridDiT, HybridDiTPipeline
 from visionhybrid.diffusion.drawing import open_pipeline
 from visionhybrid.infer.evaluation import precision_recall
 from visionhybrid.train import find, override
@@ -150,6 +149,19 @@ def _graft(
     return student, net
 
 
+def _opened(weights: str) -> HybridDiTPipeline:
+    """Without diffusers' own progress lines between ours."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        pipe = open_pipeline(weights)
+    finally:
+        logging.enable_progress_bar()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def _costs(nets: dict[str, HybridDiT], quick: bool) -> list[costs.MixerCost]:
     """Of the mixers just trained, and of SLA with the blocks it was published with, made for long sequences."""
     found: dict[str, Any] = {name: net.blocks[0].attn.mixer for name, net in nets.items()}
@@ -175,10 +187,7 @@ class Judging:
 
     def draw(self, weights: str, config: GenerationConfig, seed: int) -> tuple[HybridDiT, Sheet, float]:
         """The transformer of a pipeline's folder, its samples, and the seconds that one took. Noise depends on seed, class, number."""
-        logging.disable_progress_bar()
-        pipe, sampling = open_pipeline(weights), config.sampling
-        logging.enable_progress_bar()
-        pipe.set_progress_bar_config(disable=True)
+        pipe, sampling = _opened(weights), config.sampling
         labels = torch.arange(DIGIT_CLASSES).repeat_interleave(self.count)
         noise = [mix(seed, "demo", label, i % self.count) for i, label in enumerate(labels.tolist())]
         images, start = [], time.perf_counter()
