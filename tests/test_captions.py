@@ -233,7 +233,7 @@ def test_captions_are_encoded_once(sd15, data, tmp_path, monkeypatch):
     [
         ("model.pipeline=/nowhere", r"model\.pipeline: /nowhere: no diffusers pipeline"),
         ("diffusion.predict=epsilon", r"diffusion\.predict: 'pipeline' is for model\.pipeline"),
-        ("data.dataset=digits", "'captions' is what model.pipeline is trained on"),
+        ("data.dataset=digits", "is what model.pipeline is trained on"),
         ("data.num_classes=10", r"data\.num_classes: captions are no classes"),
         ("data.image_size=20", r"data\.image_size: the model takes multiples of 8, got 20"),
         ("latent.vae=somewhere", "a pipeline brings its own"),

@@ -403,7 +403,7 @@ def test_a_unet_of_deterministic_latents(tmp_path, vaes):
         (["model.options.patch_size=3"], "model.options: HybridDiT: sample_size 4 must be a multiple"),
         (["model.name=pipeline"], "belong together"),
         (["model.pipeline=somewhere"], "belong together"),
-        (["data.dataset=captions"], "'captions' is what model.pipeline is trained on"),
+        (["data.dataset=captions"], "is what model.pipeline is trained on"),
         (["model.name=unet", "model.options.depth=2"], "model.options"),
         (["model.name=dit", "data.num_classes=0"], "'dit' needs classes"),
     ],

@@ -20,7 +20,8 @@ import math
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class StoreError(ValueError):
     """The disk is full or does not let us write; what the store holds stays valid."""
 
 
-def digest(*parts: bytes) -> str:
+def digest(*parts: bytes | memoryview) -> str:
     """128 bits of hash over `parts` and where each ends."""
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
@@ -60,11 +61,19 @@ class _File:
         """Bytes of a row: name -> content."""
         with open(self.path, "rb") as file:
             found = {}
-            for name, (dtype, shape, first) in self.tensors.items():
-                size = math.prod(shape) * dtype.itemsize
-                file.seek(first + number * size)
+            for name, first, size in self._spans(number):
+                file.seek(first)
                 found[name] = file.read(size)
         return found
+
+    def checksum(self, number: int, content: memoryview) -> str:
+        """Of a row, `content` being the whole file."""
+        return digest(*(content[first : first + size] for _, first, size in self._spans(number)))
+
+    def _spans(self, number: int) -> Iterator[tuple[str, int, int]]:
+        for name, (dtype, shape, first) in self.tensors.items():
+            size = math.prod(shape) * dtype.itemsize
+            yield name, first + number * size, size
 
 
 class Store:
@@ -99,26 +108,21 @@ class Store:
 
     def scan(self) -> list[str]:
         """Take in the files that appeared since the last scan. Returns a line for each in which something is damaged."""
+        new = [path for path in sorted(self.folder.glob("*.safetensors")) if path.name not in self._known]
+        self._known.update(path.name for path in new)
         notes = []
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name in self._known:
-                continue
-            self._known.add(path.name)
-            try:
-                file, keys, checksums, stamps = _open(path)
-                bad = 0
-                for number, (key, checksum) in enumerate(zip(keys, checksums, strict=True)):
-                    if digest(*file.read(number).values()) == checksum:
-                        self._places[key] = (file, number, checksum)
-                    else:
-                        bad += 1
+        with ThreadPoolExecutor() as threads:  # reading and hashing let each other run
+            for path, found in zip(new, threads.map(_open, new), strict=True):
+                if isinstance(found, str):
+                    notes.append(f"cache: {path} is damaged ({found}) and is made anew")
+                    path.unlink(missing_ok=True)
+                    continue
+                file, rows, stamps = found
+                good = {key: (file, i, checksum) for i, (key, checksum, fits) in enumerate(rows) if fits}
+                self._places |= good
                 self.stamps |= stamps
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                notes.append(f"cache: {path} is damaged ({error or type(error).__name__}) and is made anew")
-                path.unlink(missing_ok=True)
-                continue
-            if bad:
-                notes.append(f"cache: {bad} of {len(keys)} rows of {path} are damaged and are made anew")
+                if bad := sum(not fits for _, _, fits in rows):
+                    notes.append(f"cache: {bad} of {len(rows)} rows of {path} are damaged and are made anew")
         return notes
 
     def row(self, key: str) -> dict[str, Tensor]:
@@ -183,13 +187,25 @@ class Store:
             ) from None
 
 
-def _open(path: Path) -> tuple[_File, list[str], list[str], dict[str, str]]:
-    """A file's layout, its keys, their checksums and the stamps in it. Raises: ValueError, KeyError: it is not as we write it."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise ValueError("cut off")
-        header = json.loads(file.read(length))
+def _open(path: Path) -> tuple[_File, list[tuple[str, str, bool]], dict[str, str]] | str:
+    """A file's layout, for each row its key, checksum and whether that is right, and the stamps; or why it is not one of ours."""
+    try:
+        content = memoryview(path.read_bytes())
+        file, about = _layout(path, content)
+        checked = [
+            (key, checksum, file.checksum(number, content) == checksum)
+            for number, (key, checksum) in enumerate(zip(about["keys"], about["checksums"], strict=True))
+        ]
+        return file, checked, about["stamps"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return str(error) or type(error).__name__
+
+
+def _layout(path: Path, content: memoryview) -> tuple[_File, dict[str, Any]]:
+    length = int.from_bytes(content[:8], "little")
+    if length > len(content):
+        raise ValueError("cut off")
+    header = json.loads(bytes(content[8 : 8 + length]))
     about = {name: json.loads(value) for name, value in header.pop("__metadata__").items()}
     # names in order, as the checksums take them
     tensors = {
@@ -197,8 +213,8 @@ def _open(path: Path) -> tuple[_File, list[str], list[str], dict[str, str]]:
         for name, entry in sorted(header.items())
     }
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if path.stat().st_size != end or any(
-        entry["shape"][0] != len(about["keys"]) for entry in header.values()
-    ):
+    if len(content) != end:
         raise ValueError("cut off")
-    return _File(path, tensors), about["keys"], about["checksums"], about["stamps"]
+    if any(entry["shape"][0] != len(about["keys"]) for entry in header.values()):
+        raise ValueError("not a row for each key")
+    return _File(path, tensors), about
