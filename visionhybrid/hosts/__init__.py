@@ -8,12 +8,14 @@
 How it is built
     layers.py       `Layer`, one attention module as a host sees it; `choose`, the words by which a caller picks layers
     plan.py         which mixer each layer gets, whether it can take it, and what that saves
+    choices.py      what each mixer could do for a model
     report.py       `Report`, what `attach`, `detach` and `describe` return
     own.py          the host of this package's own transformers, whose attention is a mixer anyway
     diffusers/      the diffusers host: see its docstring for how an attention family is added
     timm/           the same for timm's vision transformers
 
-A host is a module with `attach`, `detach` and `describe` of the signatures below. It is found by the library that the model's
+A host is a module with `attach`, `detach` and `describe` of the signatures below, and `attention(model, sample_size)`, the model's
+`Layer`s, those with a mixer as if they had none. It is found by the library that the model's
 class comes from, so nothing is imported before it is needed.
 """
 
@@ -25,11 +27,12 @@ from os import PathLike
 from types import ModuleType
 from typing import Any
 
+from visionhybrid.hosts.choices import Choice, choices_for
 from visionhybrid.hosts.layers import Selector
 from visionhybrid.hosts.plan import Mixers
 from visionhybrid.hosts.report import Report
 
-__all__ = ["attach", "describe", "detach"]
+__all__ = ["attach", "choices", "describe", "detach"]
 
 # package of a model's class -> module of its host
 HOSTS = {
@@ -86,6 +89,11 @@ def detach(model: Any, *, layers: Selector | None = None) -> Report:
 def describe(model: Any, *, sample_size: int | tuple[int, ...] | None = None) -> Report:
     """Every attention of `model`: its mixer, or that it can take one, or why not. Print it, or read its `rows`."""
     return _host(model).describe(model, sample_size=sample_size)
+
+
+def choices(model: Any, *, sample_size: int | tuple[int, ...] | None = None) -> list[Choice]:
+    """What each registered mixer could replace in `model`, what that saves at this size, and from which size on it saves."""
+    return choices_for(_host(model).attention(model, sample_size))
 
 
 def _host(model: Any) -> ModuleType:

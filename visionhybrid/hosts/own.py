@@ -17,7 +17,7 @@ from visionhybrid.hosts.plan import Mixers, plan
 from visionhybrid.hosts.report import Report, Row
 from visionhybrid.mixers import Mixer
 
-__all__ = ["attach", "describe", "detach"]
+__all__ = ["attach", "attention", "describe", "detach"]
 
 
 def attach(
@@ -30,7 +30,7 @@ def attach(
     **options: Any,
 ) -> Report:
     """See `visionhybrid.attach`."""
-    model = getattr(model, "_orig_mod", model)
+    model = _transformer(model)
     if weights is not None:
         raise ValueError(f"attach: no weights of mixers are published for {type(model).__name__}")
     parts = plan(_layers(model, sample_size), mixer, layers, options)
@@ -47,7 +47,7 @@ def attach(
 
 def detach(model: Any, *, layers: Selector | None = None) -> Report:
     """See `visionhybrid.detach`."""
-    model = getattr(model, "_orig_mod", model)
+    model = _transformer(model)
     kept = _kept(model)
     found = [layer for layer in _layers(model, None) if layer.name in kept]
     if not found:
@@ -61,7 +61,7 @@ def detach(model: Any, *, layers: Selector | None = None) -> Report:
 
 def describe(model: Any, *, sample_size: int | tuple[int, ...] | None = None) -> Report:
     """See `visionhybrid.describe`. The mixers that a model was made with are listed as well."""
-    model = getattr(model, "_orig_mod", model)
+    model = _transformer(model)
     rows = []
     for layer in _layers(model, sample_size):
         mixer: Any = layer.module.mixer
@@ -79,6 +79,17 @@ def describe(model: Any, *, sample_size: int | tuple[int, ...] | None = None) ->
             )
         )
     return Report(type(model).__name__, rows)
+
+
+def attention(model: Any, sample_size: int | tuple[int, ...] | None = None) -> list[Layer]:
+    """See `visionhybrid.hosts`."""
+    return _layers(_transformer(model), sample_size)
+
+
+def _transformer(model: Any) -> Any:
+    """Of a pipeline, or the model itself, out of what `torch.compile` wraps."""
+    model = getattr(model, "transformer", model)
+    return getattr(model, "_orig_mod", model)
 
 
 def _layers(model: Any, size: int | tuple[int, ...] | None) -> list[Layer]:

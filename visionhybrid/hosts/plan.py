@@ -9,7 +9,7 @@ from typing import Any
 from visionhybrid import mixers
 from visionhybrid.hosts.layers import Layer, Selector, choose
 
-__all__ = ["Mixers", "Part", "plan"]
+__all__ = ["Mixers", "Part", "check", "plan"]
 
 Mixers = str | Mapping[str, str | tuple[str, Mapping[str, Any]]]
 
@@ -50,7 +50,7 @@ def plan(
     if not parts:
         raise ValueError(f"attach: layers={selector!r} selects none of {len(layers)} attention modules")
     for part in parts:
-        _check(part)
+        check(part)
     return parts
 
 
@@ -63,7 +63,8 @@ def _first_match(layers: Sequence[Layer], chosen: Sequence[Layer], table: Mappin
     return [found[layer.name] for layer in chosen if layer.name in found]
 
 
-def _check(part: Part) -> None:
+def check(part: Part) -> None:
+    """ValueError unless the mixer can do with what its layer offers."""
     layer, about = part.layer, mixers.about(part.mixer)
     if about.grids and layer.axes not in about.grids:
         axes = " or ".join(map(str, about.grids))

@@ -36,7 +36,7 @@ from visionhybrid.hosts.report import Report, Row
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["attach", "describe", "detach"]
+__all__ = ["attach", "attention", "describe", "detach"]
 
 # Components of pipelines that denoise. A second one refines (Wan 2.2), and gets the same mixers.
 DENOISERS = ("unet", "transformer", "transformer_2")
@@ -102,6 +102,12 @@ def describe(model: Any, *, sample_size: int | tuple[int, ...] | None = None) ->
         for layer in core.family(denoiser).layers(denoiser, as_pair(sample_size)):
             rows.append(_row(layer, held.get(layer.name)))
     return Report(", ".join(names), rows)
+
+
+def attention(model: Any, sample_size: int | tuple[int, ...] | None = None) -> list[Layer]:
+    """See `visionhybrid.hosts`."""
+    size = as_pair(sample_size)
+    return [layer for denoiser in _denoisers(model) for layer in core.family(denoiser).layers(denoiser, size)]
 
 
 def _denoisers(model: Any) -> Iterator[nn.Module]:

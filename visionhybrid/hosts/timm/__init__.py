@@ -26,7 +26,7 @@ from visionhybrid.hosts.timm.modules import BLOCKS, MODELS, MixedAttention, Mixe
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["attach", "describe", "detach", "mount"]
+__all__ = ["attach", "attention", "describe", "detach", "mount"]
 
 # Attention classes by name (they stand in files of many models) and why a mixer cannot take their place.
 _REASONS = {
@@ -104,6 +104,11 @@ def describe(model: Any, *, sample_size: int | tuple[int, ...] | None = None) ->
     """See `visionhybrid.describe`."""
     model = getattr(model, "_orig_mod", model)
     return Report(type(model).__name__, [_row(layer) for layer in _layers(model, sample_size)])
+
+
+def attention(model: Any, sample_size: int | tuple[int, ...] | None = None) -> list[Layer]:
+    """See `visionhybrid.hosts`."""
+    return _layers(getattr(model, "_orig_mod", model), sample_size)
 
 
 def _taken(layer: Layer) -> Layer:
