@@ -197,6 +197,35 @@ def test_other_families_are_trained_and_saved(name, data, tmp_path):
     }
 
 
+def test_low_rank_updates_are_trained_and_added_up(data, tmp_path):
+    pipe = tiny_pipelines.sd15()
+    pipe.save_pretrained(tmp_path / "pipe")
+    config = tuned(
+        tmp_path / "pipe", data, tmp_path / "cache", "model.lora=2", "optim.lr=0.1", "loop.steps=1"
+    )
+    run(config, tmp_path / "run", progress=False)
+    folder = tmp_path / "run" / "pipeline"
+    before, after = (load_file(next((f / "unet").glob("*.safetensors"))) for f in (tmp_path / "pipe", folder))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        name
+        for name in before
+        if name.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"))
+    }
+    difference = after["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+    difference = difference - before["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+    assert torch.linalg.matrix_rank(difference, rtol=1e-3) == 2
+    # the file of updates makes of the old pipeline what the new one is
+    whole = DiffusionPipeline.from_pretrained(folder)
+    pipe.load_lora_weights(folder / "lora")
+    whole.set_progress_bar_config(disable=True)
+    assert_close(
+        tiny_pipelines.draw(pipe, size=(16, 16)), tiny_pipelines.draw(whole, size=(16, 16)), rtol=0, atol=1e-3
+    )
+    original = tiny_pipelines.draw(tiny_pipelines.sd15(), size=(16, 16))
+    assert (tiny_pipelines.draw(whole, size=(16, 16)) - original).abs().max() > 1e-2
+
+
 def test_a_step_is_told_its_caption_or_nothing(sd15, data, tmp_path):
     task = Generate(tuned(sd15, data, tmp_path / "cache"))
     family = task.generator.family

@@ -67,6 +67,12 @@ def test_generate_from_prompts(tmp_path):
         assert "give --prompt" in call(*words, *wrong).output
 
 
+def test_generate_refuses_what_makes_no_pictures_of_prompts(tmp_path):
+    tiny_pipelines.dit().save_pretrained(tmp_path)
+    done = call("generate", tmp_path, tmp_path / "out", "--prompt", "a cat")
+    assert "DiTPipeline does not make pictures of prompts" in done.output
+
+
 def test_generate_at_another_size(trained, tmp_path):
     done = call("generate", trained, tmp_path, "--label", "3", "--steps", 1, "--size", 12)
     assert done.exit_code == 0, done.output

@@ -405,6 +405,7 @@ def test_a_unet_of_deterministic_latents(tmp_path, vaes):
         (["model.pipeline=somewhere"], "belong together"),
         (["data.dataset=captions"], "is what model.pipeline is trained on"),
         (["model.name=unet", "model.options.depth=2"], "model.options"),
+        (["model.lora=4"], r"model\.lora: is for model\.pipeline"),
         (["model.name=dit", "data.num_classes=0"], "'dit' needs classes"),
     ],
 )

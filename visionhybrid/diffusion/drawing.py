@@ -31,8 +31,9 @@ def open_pipeline(path: str | Path) -> Any:
             index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
             ours = {kind.__name__: kind for _, kind in MODELS.values()}.get(index.get("_class_name"))
             pipe = ours.from_pretrained(folder, use_safetensors=True) if ours else open_any(str(folder))
-            if ours is None and "prompt" not in signature(type(pipe).__call__).parameters:
-                raise ValueError(f"{path}: {type(pipe).__name__} takes no prompts")
+            call = signature(type(pipe).__call__).parameters
+            if ours is None and ("prompt" not in call or "num_frames" in call):
+                raise ValueError(f"{path}: {type(pipe).__name__} does not make pictures of prompts")
             return pipe
     raise ValueError(f"{path}: no pipeline; expected model_index.json there or in its folder pipeline/")
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visionhybrid.diffusion import lora
 from visionhybrid.diffusion.autoencoder import Autoencoder, open_autoencoder
 from visionhybrid.diffusion.denoisers import Inputs, family_of, open_any
 from visionhybrid.diffusion.new import MODELS, create
@@ -46,6 +47,8 @@ class NewModel:
     draws = True  # pictures
 
     def __init__(self, config: Generation) -> None:
+        if config.model.lora:
+            raise ConfigError("model.lora: is for model.pipeline; a new model is trained as a whole")
         self.config = config
         self.kind, self.pipeline_kind = MODELS[config.model.name]
         self.vae = _checked(config, Autoencoder(_vae(config)), 1) if config.latent.vae else None
@@ -145,9 +148,14 @@ class OfPipeline:
 
     def build(self) -> nn.Module:
         """A copy of the pipeline's denoiser, with the mixers it has, or that at `model.start`."""
-        if self.config.model.start:
-            return self.open(self.config.model.start)
-        return copy.deepcopy(self.family.model)
+        model = self.config.model
+        net = self.open(model.start) if model.start else copy.deepcopy(self.family.model)
+        if model.lora:
+            try:
+                lora.add(net, model.lora)
+            except ValueError as error:
+                raise ConfigError(f"model.lora: {error}") from None
+        return net
 
     def open(self, path: str | Path) -> nn.Module:
         """The denoiser of a run directory or of a diffusers folder of such a pipeline."""
@@ -166,9 +174,12 @@ class OfPipeline:
         return self.family.target(x)
 
     def saved(self, model: nn.Module, scheduler: Any, names: Sequence[str], path: Path) -> None:
-        """The pipeline with `model` in it, as a diffusers folder."""
-        with self._holding(model):
+        """The pipeline with `model` in it, as a diffusers folder; low-rank updates are added up, and also in its folder lora."""
+        trained = lora.merged(model) if self.config.model.lora else model
+        with self._holding(trained):
             self.pipe.save_pretrained(path)
+        if self.config.model.lora:
+            lora.save(self.pipe, self.family.denoiser, model, path / "lora")
 
     @contextmanager
     def _holding(self, model: nn.Module) -> Iterator[None]:

@@ -157,6 +157,9 @@ class Generator(Model):
     # "hybrid_dit", "dit" (diffusers' DiTTransformer2DModel), "unet" (UNet2DModel): new, `options` are the class's keywords
     name: str = "pipeline"
     pipeline: str = ""  # name "pipeline": its diffusers folder, or name on the hub
+    lora: int = (
+        0  # rank of updates (LoRA) of the pipeline's attention, trained instead of all weights; 0: none
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
