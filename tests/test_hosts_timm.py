@@ -121,6 +121,41 @@ def test_hidden_states_of_a_mixer_go_through_the_fused_projection():
     torch.testing.assert_close(wrapped, want)
 
 
+@pytest.mark.parametrize("name", ["linfusion", "clear"])
+def test_lora_of_the_fused_projection(name):
+    """peft's layer computes all of q, k, v for each hidden state of a mixer; merged, a third of the weight does."""
+    from peft import LoraConfig, get_peft_model
+
+    model, x = vit(), images()
+    visionhybrid.attach(model, name, **MIXERS[name])
+    with torch.no_grad():
+        before = model(x)
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["qkv"], init_lora_weights="gaussian")
+    adapted = get_peft_model(model, config)
+    adapters = {key: p for key, p in adapted.named_parameters() if p.requires_grad}
+    assert len(adapters) == 2 * len(model.blocks)
+    assert all(".attn.qkv.lora_" in key for key in adapters)
+    for value in adapters.values():
+        nn.init.normal_(value, std=0.3)
+    out = adapted(x)
+    assert not torch.allclose(out, before, atol=1e-2)
+    out.backward(torch.randn_like(out))
+    for key, value in adapters.items():
+        parts = value.grad.chunk(3) if "lora_B" in key else [value.grad]  # of q, k, v
+        assert all(part.abs().sum() > 0 for part in parts), key
+    with torch.no_grad():
+        with adapted.disable_adapter():
+            assert torch.equal(adapted(x), before)
+        merged = adapted.merge_and_unload()
+        assert type(merged.blocks[0].attn.qkv) is nn.Linear
+        torch.testing.assert_close(merged(x), out.detach(), rtol=1e-4, atol=1e-4)
+        # peft puts a layer of its own where the projection was, in a model that has a mixer or gets one
+        plain = get_peft_model(vit(), config)
+        visionhybrid.attach(plain.get_base_model(), "softmax")
+        with plain.disable_adapter():
+            torch.testing.assert_close(plain(x), vit()(x), rtol=1e-4, atol=1e-4)
+
+
 def test_several_mixers_rules_and_partial_detach():
     model, x = vit(), images()
     with torch.no_grad():
