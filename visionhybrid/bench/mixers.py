@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from visionhybrid import mixers
-from visionhybrid.bench.harness import Case, Runner
+from visionhybrid.bench.harness import Case, Runner, Target
 
-HEADS, HEAD_DIM = 4, 64
+# Heads and numbers of each: of the suite, and of Wan 2.1 1.3B, which SLA was published with.
+SIZE, WAN = (4, 64), (12, 128)
 # Names and options as in docs/mixers.md.
 CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "linfusion": ("linfusion", dict(mid_dim=-1)),
@@ -45,18 +46,32 @@ def cases(*, quick: bool = False, only: str | None = None) -> list[Case]:
             f"bench mixers: --only must be one of {', '.join(mixers.list_mixers())}, got {only!r}"
         )
     places = [((16, 16), 8)] if quick else [((64, 64), 0), ((64, 64), 512)]
-    return [
+    common = dict(rounds=2 if quick else 3, judged=not quick)
+    suite = [
         Case(
             name=f"{choice}_{'x'.join(map(str, grid))}" + (f"_text{text}" if text else ""),
             title=f"{name}{_words(options)} on {grid[0]}x{grid[1]} tokens"
             + (f" and {text} of text" if text else ""),
-            build=partial(_runners, name, options, grid, text),
-            rounds=2 if quick else 3,
-            judged=not quick,
+            build=partial(_runners, name, options, grid, text, SIZE),
+            **common,
         )
         for grid, text in places
         for choice, (name, options) in CHOICES.items()
         if only in (None, name)
+    ]
+    if only not in (None, "sla"):
+        return suite
+    grid, size = ((2, 8, 8), (2, 16)) if quick else ((8, 32, 32), WAN)
+    return [
+        *suite,
+        Case(
+            name="sla_wan",
+            title=f"sla in the shape of Wan's attention, {size[0]} heads of {size[1]}, on {'x'.join(map(str, grid))} tokens, "
+            "90 % sparse",
+            build=partial(_runners, "sla", dict(topk=0.1), grid, 0, size),
+            targets=(Target(runner="sla", what="time", limit=1 / 4),),
+            **common,
+        ),
     ]
 
 
@@ -65,13 +80,19 @@ def _words(options: dict[str, Any]) -> str:
 
 
 def _runners(
-    name: str, options: dict[str, Any], grid: tuple[int, int], text: int, device: torch.device
+    name: str,
+    options: dict[str, Any],
+    grid: tuple[int, ...],
+    text: int,
+    size: tuple[int, int],
+    device: torch.device,
 ) -> list[Runner]:
-    shape = dict(dim=HEADS * HEAD_DIM, heads=HEADS, head_dim=HEAD_DIM)
+    heads, head_dim = size
+    shape = dict(dim=heads * head_dim, heads=heads, head_dim=head_dim)
     generator = torch.Generator().manual_seed(0)
     tokens = prod(grid) + text
     # Heads are strides, as projections leave them.
-    drawn = (torch.randn(1, tokens, HEADS, HEAD_DIM, generator=generator) for _ in range(3))
+    drawn = (torch.randn(1, tokens, heads, head_dim, generator=generator) for _ in range(3))
     q, k, v = (x.to(device).transpose(1, 2) for x in drawn)
     mixer, softmax = mixers.create(name, **shape, **options).to(device), mixers.create("softmax", **shape)
 

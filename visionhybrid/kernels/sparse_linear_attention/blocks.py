@@ -15,13 +15,12 @@ def block_means(x: Tensor, size: int, keep: Tensor | None = None) -> Tensor:
     `keep` (B, L) bool drops rows; a block without rows is zero. Sums are accumulated in float32.
     """
     wide = x if x.dtype == torch.float64 else x.float()
-    rows = (
-        x.new_ones(1, 1, x.shape[2], 1, dtype=wide.dtype)
-        if keep is None
-        else keep[:, None, :, None].to(wide.dtype)
-    )
     pad = (0, 0, 0, -x.shape[2] % size)
-    total = F.pad(wide * rows, pad).unflatten(2, (-1, size)).sum(3)
+    rows = x.new_ones(1, 1, x.shape[2], 1, dtype=wide.dtype)
+    if keep is not None:
+        rows = keep[:, None, :, None].to(wide.dtype)
+        wide = wide * rows
+    total = F.pad(wide, pad).unflatten(2, (-1, size)).sum(3)
     return (total / F.pad(rows, pad).unflatten(2, (-1, size)).sum(3).clamp(min=1)).to(x.dtype)
 
 

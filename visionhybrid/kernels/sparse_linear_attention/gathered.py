@@ -1,6 +1,6 @@
 """The arithmetic of the sparse branch on CPU: each query block gathers its critical key blocks and attends densely.
 
-Heads and query blocks go in chunks of at most `BUDGET` scores, so temporaries do not grow with the length. The backward recomputes the
+Heads and query blocks go in chunks of at most `BUDGET` numbers, so temporaries do not grow with the length. The backward recomputes the
 probabilities from the log-sum-exp and adds key-block gradients back through the lookup table.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from visionhybrid.kernels.precision import wide
 
-BUDGET = 1_000_000  # scores alive at a time; 4 MB in float32
+BUDGET = 1_000_000  # scores alive at a time, or numbers of their keys if those are more; 4 MB in float32
 
 
 def _blocked(x: Tensor, size: int) -> Tensor:
@@ -29,10 +29,15 @@ class _Chunk:
     rows: slice  # of query blocks
     blocks: Tensor  # (heads, rows, t) key blocks, counted through the heads of the chunk
     hidden: Tensor | None  # (heads, rows, block_q or 1, t * block_k) True where a key must not be seen
+    memory: dict[str, Tensor]  # of all chunks: fresh pages cost more than the copy into them
 
-    def take(self, blocked: Tensor) -> Tensor:
-        """(B * heads, N, block, D) -> (heads, rows, t * block, D), float32 or wider."""
-        picked = blocked[self.heads].flatten(0, 1).index_select(0, self.blocks.flatten())
+    def take(self, name: str, blocked: Tensor) -> Tensor:
+        """(B * heads, N, block, D) -> (heads, rows, t * block, D), float32 or wider; overwrites what `name` took before."""
+        order = self.blocks.flatten()
+        if name not in self.memory or len(self.memory[name]) < len(order):
+            self.memory[name] = blocked.new_empty(len(order), *blocked.shape[2:])
+        picked = self.memory[name][: len(order)]
+        torch.index_select(blocked[self.heads].flatten(0, 1), 0, order, out=picked)
         return wide(picked.view(*self.blocks.shape[:2], -1, blocked.shape[-1]))
 
     def add(self, total: Tensor, part: Tensor) -> None:
@@ -56,6 +61,7 @@ class _Sparse:
     ) -> None:
         self.batch, self.heads, self.length_k = q.shape[0], q.shape[1], k.shape[2]
         self.lut = lut.flatten(0, 1)  # (B * heads, M, t)
+        self.memory: dict[str, Tensor] = {}
         self.n, self.block_k = -(-self.length_k // block_k), block_k
         self.ragged = bool(self.length_k % block_k) or bool((lut < 0).any())
         self.mask = None
@@ -64,7 +70,7 @@ class _Sparse:
             pad = (0, -mask.shape[2] % block_k, 0, -mask.shape[1] % block_q if wide else 0)
             mask = F.pad(mask, pad).unflatten(2, (-1, block_k)).unflatten(1, (-1, block_q if wide else 1))
             self.mask = mask.transpose(2, 3)  # (B or 1, M or 1, N, block_q or 1, block_k)
-        row = block_q * self.lut.shape[2] * block_k
+        row = max(block_q, k.shape[3]) * self.lut.shape[2] * block_k
         self.step_rows = max(1, BUDGET // max(row, 1))
         self.step_heads = max(1, self.step_rows // self.lut.shape[1])
 
@@ -86,7 +92,7 @@ class _Sparse:
             seen = self._seen(safe, heads, rows)
             hidden = ~seen if hidden is None else hidden | ~seen
         first = torch.arange(len(lut), device=lut.device)[:, None, None] * self.n
-        return _Chunk(heads, rows, first + safe, hidden)
+        return _Chunk(heads, rows, first + safe, hidden, self.memory)
 
     def _seen(self, lut: Tensor, heads: slice, rows: slice) -> Tensor:
         """(heads, rows, block_q or 1, t * block_k) of the token mask, gathered as the keys are."""
@@ -112,14 +118,16 @@ def forward(
     out = v.new_empty(*qb.shape[:3], v.shape[-1])
     lse = qb.new_empty(qb.shape[:3], dtype=wide(q[:0]).dtype)
     for chunk in plan.chunks():
-        p = (wide(qb[chunk.heads, chunk.rows]) * scale) @ chunk.take(kb).mT
+        p = (wide(qb[chunk.heads, chunk.rows]) * scale) @ chunk.take("keys", kb).mT
         if chunk.hidden is not None:
             p.masked_fill_(chunk.hidden, float("-inf"))
         top = p.amax(-1, keepdim=True)
         if chunk.hidden is not None:
             top.masked_fill_(top == float("-inf"), 0.0)
         total = p.sub_(top).exp_().sum(-1, keepdim=True)
-        out[chunk.heads, chunk.rows] = (p @ chunk.take(vb)) / total.clamp(min=torch.finfo(p.dtype).tiny)
+        out[chunk.heads, chunk.rows] = (p @ chunk.take("values", vb)) / total.clamp(
+            min=torch.finfo(p.dtype).tiny
+        )
         lse[chunk.heads, chunk.rows] = (top + total.log()).squeeze(-1)
     shape = (plan.batch, plan.heads)
     return (
@@ -150,12 +158,12 @@ def backward(
     dk, dv = torch.zeros_like(kb, dtype=lse.dtype), torch.zeros_like(vb, dtype=lse.dtype)
     for chunk in plan.chunks():
         q_rows, g_rows = wide(qb[chunk.heads, chunk.rows]) * scale, wide(gb[chunk.heads, chunk.rows])
-        keys = chunk.take(kb)
+        keys = chunk.take("keys", kb)
         p = q_rows @ keys.mT
         if chunk.hidden is not None:
             p.masked_fill_(chunk.hidden, float("-inf"))
         p.sub_(lseb[chunk.heads, chunk.rows]).exp_()
-        ds = (g_rows @ chunk.take(vb).mT).sub_(delta[chunk.heads, chunk.rows]).mul_(p)
+        ds = (g_rows @ chunk.take("values", vb).mT).sub_(delta[chunk.heads, chunk.rows]).mul_(p)
         dq[chunk.heads, chunk.rows] = (ds @ keys) * scale
         chunk.add(dk, ds.mT @ q_rows)
         chunk.add(dv, p.mT @ g_rows)
