@@ -14,7 +14,7 @@ import visionhybrid
 from visionhybrid.data.encoded import open_encoded
 from visionhybrid.data.errors import CorruptSample
 from visionhybrid.diffusion import HybridDiTPipeline
-from visionhybrid.train import find, override, run
+from visionhybrid.train import find, override, run, task
 from visionhybrid.train.encoded import encode_clips
 from visionhybrid.train.grafting import graft
 
@@ -110,6 +110,18 @@ def test_grafts_of_pipelines(recipe, pipeline, words, folder, pipelines, tmp_pat
     assert [row.mixer for row in visionhybrid.describe(pipe).mixed] == [x.mixer for x in report.layers]
     assert {x.mixer for x in report.layers} == {config.mixer}
     assert not visionhybrid.describe(teacher).mixed
+
+
+def test_a_distilled_guidance_is_told(folder, pipelines, tmp_path):
+    words = [
+        f"model.pipeline={pipelines('flux')}",
+        f"data.root={folder}",
+        "data.image_size=32",
+        "text.max_length=0",
+    ]
+    words += [f"cache.folder={tmp_path}", "features=single_transformer_blocks.1.attn"]
+    asked = task.build(override(find("clear_flux"), [*LOOP, *words])).inputs(torch.device("cpu"))
+    assert asked[1]["guidance"].tolist() == [3.5]
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +222,22 @@ def test_transformers_from_scratch(recipe, vae, tmp_path):
     assert {block.attn.mixer.about.name for block in model.blocks} == {
         "linear" if "lit" in recipe else "softmax"
     }
+
+
+def test_hyena_is_grafted_into_a_dit(vae, tmp_path):
+    words = [*LOOP, *DIGITS, f"latent.vae={vae}", f"cache.folder={tmp_path / 'cache'}"]
+    shape = ["model.options.num_layers=2", "model.options.attention_head_dim=2"]
+    run(override(find("dit_xl2_in1k"), [*words, *shape, "loop.steps=1"]), tmp_path / "dit", progress=False)
+    more = [f"teacher={tmp_path / 'dit'}", "layers=blocks.1", "alone.steps=2", "tune.steps=1"]
+    config = override(find("grafting_dit_xl2_hyena_y"), [*words, *more])
+    report = graft(config, tmp_path / "hyena", progress=False)
+    student = HybridDiTPipeline.from_pretrained(report.weights).transformer
+    assert student.config.mixer == ["softmax", "hyena"]
+    first, _ = logged(tmp_path / "hyena" / "alone")
+    grafts = task.build(config)
+    net = grafts.parts()["model"]
+    assert net.measure is torch.nn.functional.l1_loss
+    assert first["loss"] == pytest.approx(first["error/blocks.1.attn"], rel=1e-5)
 
 
 def test_lit_learns_from_a_dit(vae, tmp_path):

@@ -27,7 +27,7 @@ def clear_flux() -> Graft:
         name="clear_flux",
         data=Images(dataset="captions", num_classes=0, image_size=1024),
         diffusion=Diffusion(predict="pipeline", times="uniform", drop_label=0.0),
-        text=Text(max_length=512),
+        text=Text(max_length=512, guidance=3.5),
         sampling=Sampling(steps=20, guidance=3.5, each=1, classes=4),
         flip=0.0,
         eval_batch=1,

@@ -38,6 +38,7 @@ class Family:
     patch: ClassVar[int] = 2  # sides of latents are multiples of it,
     least: ClassVar[int] = 1  # and those of images multiples of this, the pipeline says
     has_length: ClassVar[bool] = True  # whether `max_length` means something
+    guidance = 1.0  # what a model with a distilled guidance is told; at 1 it asks for nothing
 
     def __init__(self, pipe: Any, max_length: int = 0) -> None:
         if max_length and not self.has_length:
@@ -245,8 +246,7 @@ class Flux(Family):
             "timestep": times / 1000,
             "txt_ids": text.new_zeros(text.shape[1], 3),
             "img_ids": torch.nn.functional.pad(places, (1, 0)).to(x.dtype),
-            # a distilled guidance is trained at 1, where it asks for nothing
-            "guidance": torch.ones_like(times) if self.model.config.guidance_embeds else None,
+            "guidance": torch.full_like(times, self.guidance) if self.model.config.guidance_embeds else None,
         }
         return (self.target(x),), {**kwargs, "return_dict": False}
 

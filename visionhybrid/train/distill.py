@@ -10,7 +10,7 @@ section 3 (the regression of single operators on the teacher's activations).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -65,15 +65,35 @@ def imitate(student: nn.Module, teacher: nn.Module, names: Sequence[str], inputs
     return Imitation(prediction, target, features, {name: value.detach() for name, value in each.items()})
 
 
+def relative(got: Tensor, wanted: Tensor) -> Tensor:
+    """|got - wanted|^2 / |wanted|^2 of each image by itself, the mean: it does not depend on how a batch is shared."""
+    return (_size(got - wanted) / _size(wanted).clamp_min(1e-12)).mean()
+
+
+# name -> how far what a module gives is from what is wanted, both float32
+REGRESSIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relative": relative,
+    "l1": F.l1_loss,
+    "l2": F.mse_loss,
+    "huber": F.huber_loss,
+}
+
+
 def regress(
-    student: nn.Module, teacher: nn.Module, names: Sequence[str], inputs: Inputs
+    student: nn.Module,
+    teacher: nn.Module,
+    names: Sequence[str],
+    inputs: Inputs,
+    measure: Callable[[Tensor, Tensor], Tensor] = relative,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean over `names` and images of |student's module(x) - teacher's module(x)|^2 / |teacher's module(x)|^2, x the teacher's.
+    """The mean over `names` of how far the student's module(x) is from the teacher's module(x), x the teacher's activations.
 
     Where gradients are wanted they are computed as soon as the teacher passes a module, and only parameter gradients are
     kept: the activations of one module are held at a time, however many there are.
 
-    Returns: the loss, and detached the share of each module: its relative squared error.
+    Args:
+        measure: of two outputs, a mean over the batch; by default the squared error over the squared size.
+    Returns: the loss, and detached the share of each module.
     """
     args, kwargs = inputs
     each: dict[str, Tensor] = {}
@@ -87,8 +107,7 @@ def regress(
         target = first(out).float()
         with torch.set_grad_enabled(wanted):
             got = first(student.get_submodule(name)(*given, **keywords)).float()
-            # of each image by itself: then the mean does not depend on how a batch is shared
-            error = (_size(got - target) / _size(target).clamp_min(1e-12)).mean()
+            error = measure(got, target)
             if wanted and parameters[name]:
                 gradients[name] = list(
                     torch.autograd.grad(error, parameters[name], allow_unused=True, materialize_grads=True)

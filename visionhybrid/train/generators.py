@@ -136,6 +136,7 @@ class OfPipeline:
             self.family = family_of(self.pipe, config.text.max_length)
         except ValueError as error:
             raise ConfigError(f"model.pipeline: {error}") from None
+        self.family.guidance = config.text.guidance
         self.vae = _checked(config, Autoencoder(self.pipe.vae), self.family.unit)
         channels, side = self.vae.channels, config.data.image_size // self.vae.factor
         if self.family.channels != channels:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import visionhybrid
 from visionhybrid import mixers
 from visionhybrid.train.config import ConfigError, Grafting
-from visionhybrid.train.distill import Inputs, imitate, regress, relative_error
+from visionhybrid.train.distill import REGRESSIONS, Inputs, imitate, regress, relative_error
 from visionhybrid.train.sampler import Sample
 
 # modules of an attention that a mixer stands between, in diffusers, timm and here
@@ -43,9 +43,12 @@ class Exercise(Protocol):
 class Grafted(nn.Module):
     """The student, run beside its teacher. The teacher is no part of it: not trained, not saved."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, names: list[str], features: list[str]) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, names: list[str], features: list[str], regression: str
+    ) -> None:
         super().__init__()
         self.student, self.names, self.features = student, names, features
+        self.measure = REGRESSIONS[regression]
         self._teacher = [teacher]
 
     def forward(self, *args: Any, phase: str = "tune", **kwargs: Any) -> Any:
@@ -55,7 +58,7 @@ class Grafted(nn.Module):
         device = next(self.student.parameters()).device
         teacher = self._teacher[0].to(device)
         if phase == "alone":
-            return regress(self.student, teacher, self.names, (args, kwargs))
+            return regress(self.student, teacher, self.names, (args, kwargs), self.measure)
         return imitate(self.student, teacher, self.features, (args, kwargs))
 
     def __getattr__(self, name: str) -> Any:
@@ -117,7 +120,8 @@ class Grafts:
             for key, parameter in student.get_submodule(name).named_parameters():
                 own = key.split(".")[0]
                 parameter.requires_grad_(config.train != "projections" or own in (*PROJECTIONS, "mixer"))
-        return {"model": Grafted(student, self.teacher, names, self._features(names))}
+        features = self._features(names)
+        return {"model": Grafted(student, self.teacher, names, features, config.regression)}
 
     def _grafted(self) -> nn.Module:
         config, student = self.graft, self.new_student()

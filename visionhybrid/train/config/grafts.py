@@ -38,6 +38,8 @@ class Grafting:
     alone: Phase = Phase(steps=1000)
     whole: Phase = Phase(steps=1000, lr=1e-4)
     tune: Phase = Phase(steps=0, lr=1e-4)
+    # of the first phase: squared error over the squared size of the teacher's, or plain errors
+    regression: Literal["relative", "l1", "l2", "huber"] = "relative"
     task_weight: float = 1.0
     output_weight: float = 0.5
     variance_weight: float = 0.0  # of the variance that the output of a diffusion model holds besides

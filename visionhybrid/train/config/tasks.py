@@ -185,6 +185,7 @@ class Text:
         20  # a folder without splits: every so many-th image is held out; 0: none, validated on all
     )
     max_length: int = 0  # tokens of a T5-like encoder; 0: what the pipeline takes by itself
+    guidance: float = 1.0  # told to a model with a distilled guidance (FLUX.1-dev); 1 asks for nothing
     prompts: tuple[str, ...] = ()  # drawn at each validation; none: the first captions held out
 
 
