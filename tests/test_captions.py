@@ -15,7 +15,7 @@ from train_case import outcome
 
 import visionhybrid
 from visionhybrid.data.captions import open_captions
-from visionhybrid.train import override, run, validate
+from visionhybrid.train import find, override, run, validate
 from visionhybrid.train.config import (
     Cache,
     ConfigError,
@@ -184,17 +184,34 @@ def test_a_pipeline_with_mixers_is_trained_killed_and_continued(sd15, data, tmp_
     assert validate(tmp_path / "whole", config) == pytest.approx(whole["metrics"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux"])
-def test_other_families_are_trained_and_saved(name, data, tmp_path):
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ("sd15_captions", "sd15"),
+        ("sdxl_captions", "sdxl"),
+        ("sdxl_captions_lora", "sdxl"),
+        ("flow_captions_lora", "flux"),
+        ("flow_captions_lora", "sd3"),
+    ],
+)
+def test_recipes_train_and_save_pipelines(recipe, name, data, tmp_path):
     build = getattr(tiny_pipelines, name, None) or getattr(tiny_transformers, name)
     build().save_pretrained(tmp_path / "pipe")
-    config = tuned(tmp_path / "pipe", data, tmp_path / "cache", "loop.steps=1", "sampling.classes=0")
+    words = [f"model.pipeline={tmp_path / 'pipe'}", f"data.root={data}", f"cache.folder={tmp_path / 'cache'}"]
+    words += [
+        "data.image_size=16",
+        "sampling.classes=0",
+        "loop.workers=0",
+        "loop.tensorboard=false",
+        "loop.epochs=none",
+    ]
+    config = override(find(recipe), [*words, "loop.steps=1", "loop.precision=no", "loop.log_every=1"])
     done = run(config, tmp_path / "run", progress=False)
     assert 0 < done["metrics"]["loss"] < 10
-    found = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())
-    assert found == json.loads((tmp_path / "pipe" / "model_index.json").read_text()) | {
-        "_name_or_path": found.get("_name_or_path", "")
-    }
+    folder = tmp_path / "run" / "pipeline"
+    found, given = (json.loads((f / "model_index.json").read_text()) for f in (folder, tmp_path / "pipe"))
+    assert found == given | {"_name_or_path": found.get("_name_or_path", "")}
+    assert (folder / "lora" / "pytorch_lora_weights.safetensors").is_file() == ("lora" in recipe)
 
 
 def test_low_rank_updates_are_trained_and_added_up(data, tmp_path):
