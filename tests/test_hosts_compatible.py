@@ -2,6 +2,7 @@
 
 import pytest
 import tiny_pipelines as tiny
+import tiny_transformers as transformers
 import torch
 
 import visionhybrid
@@ -69,6 +70,54 @@ def test_lora_acts_on_the_projections_of_mixed_layers():
     pipe.unload_lora_weights()
     torch.testing.assert_close(output(pipe.unet), plain, rtol=0, atol=1e-5)
     assert len(visionhybrid.describe(pipe).mixed) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("flux", "joint_attention_kwargs"),
+        ("sd3", "joint_attention_kwargs"),
+        ("sana", "attention_kwargs"),
+        ("wan", "attention_kwargs"),
+        ("cogvideox", "attention_kwargs"),
+        ("hunyuan_video", "attention_kwargs"),
+    ],
+)
+def test_lora_in_transformers(name, kwargs):
+    model, inputs = transformers.transformer(name), transformers.INPUTS[name]()
+    visionhybrid.attach(model, "linfusion", zero_init=False)
+    plain = transformers.output(model, **inputs)
+    lora(model)
+    adapted = transformers.output(model, **inputs)
+    assert not torch.allclose(adapted, plain, atol=1e-3)
+    half = transformers.output(model, **inputs, **{kwargs: {"scale": 0.5}})
+    assert not torch.allclose(half, adapted, atol=1e-4)
+    model.disable_adapters()
+    assert torch.equal(transformers.output(model, **inputs), plain)
+    model.enable_adapters()
+    model.fuse_lora()
+    torch.testing.assert_close(transformers.output(model, **inputs), adapted, rtol=1e-4, atol=1e-4)
+    model.unfuse_lora()
+    model.unload_lora()
+    torch.testing.assert_close(transformers.output(model, **inputs), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "wan", "cogvideox", "hunyuan_video"])
+@pytest.mark.parametrize("way", ["sequential", "group"])
+def test_offloaded_transformers(name, way):
+    from accelerate import cpu_offload
+
+    model, inputs = transformers.transformer(name), transformers.INPUTS[name]()
+    visionhybrid.attach(model, "sla", topk=0.3, block_q=16, block_k=16)
+    for row in visionhybrid.describe(model).mixed:
+        torch.nn.init.normal_(model.get_submodule(row.name).mixer.proj_l.weight)
+    before = transformers.output(model, **inputs)
+    here = torch.device("cpu")
+    if way == "sequential":
+        cpu_offload(model, here, offload_buffers=True)
+    else:
+        model.enable_group_offload(onload_device=here, offload_device=here, offload_type="leaf_level")
+    torch.testing.assert_close(transformers.output(model, **inputs), before)
 
 
 def test_lora_files_are_those_of_the_plain_model(tmp_path):
