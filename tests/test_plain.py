@@ -62,7 +62,7 @@ def test_scan(length, output):
 )
 @pytest.mark.parametrize("budget", [1, 10**7])
 def test_weights_kept_by_tile(sides, kernel, dilation, budget, monkeypatch):
-    monkeypatch.setattr(shared.tiled, "BUDGET", budget)
+    monkeypatch.setattr(shared, "BUDGET", budget)
     q, k, v = (torch.randn(3, 2, 6, *sides, dtype=torch.float64).movedim(2, -1) for _ in range(3))
     rpb = torch.randn(2, *(2 * side - 1 for side in kernel), dtype=torch.float64)
     weights = shared.weights(q, k, rpb, kernel, dilation, 0.7)
@@ -84,7 +84,7 @@ def test_weights_kept_by_tile(sides, kernel, dilation, budget, monkeypatch):
 )
 def test_gradients_of_weights_kept_by_tile(sides, kernel, dilation, budget, frozen, monkeypatch):
     """Of weights that are used twice, the second time for what the first gave: against the definition's."""
-    monkeypatch.setattr(shared.tiled, "BUDGET", budget)
+    monkeypatch.setattr(shared, "BUDGET", budget)
     q, k, v = (torch.randn(3, 2, 6, *sides, dtype=torch.float64).movedim(2, -1) for _ in range(3))
     rpb = torch.randn(2, *(2 * side - 1 for side in kernel), dtype=torch.float64)
     leaves = [x.requires_grad_() for x in ((q, k, v) if frozen else (q, k, v, rpb))]

@@ -20,6 +20,10 @@ from visionhybrid.kernels.neighborhood_attention.geometry import Axis, Tiles, ax
 from visionhybrid.kernels.operators import count_operations, end_of_derivatives, register
 from visionhybrid.kernels.precision import wide, widened
 
+# Weights made at a time, 4 MB in float32. Keys that large maps copy for all tiles at once take longer than the products.
+# (Measured: 1 M beats 0.1 M, 2 M and everything at once.)
+BUDGET = 1_000_000
+
 
 def unsupported(*maps: Tensor) -> str | None:
     """Why these tensors cannot go through dense weights."""
@@ -73,52 +77,53 @@ def _patterns(axes: tuple[Axis, ...]) -> tuple[Tensor, Tensor]:
     return entries.flatten(4).flatten(2, 3).flatten(0, 1), kind.flatten()
 
 
-def _rows(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """All rows of x (B, heads, ..., D) as one matrix, and the numbers of those that `index` takes of each head.
-
-    Rows of one contiguous matrix are picked five times as fast as slices along an inner axis.
-    """
-    matrix = x.reshape(-1, x.shape[-1])
-    heads = torch.arange(x.shape[0] * x.shape[1], device=x.device) * (
-        len(matrix) // (x.shape[0] * x.shape[1])
-    )
-    return matrix, (heads[:, None] + index).flatten()
+def _matrix(x: Tensor) -> Tensor:
+    """(B, heads, H, W, D) -> (B * heads * H * W, D). Rows of one matrix are picked five times as fast as slices along inner axes."""
+    return wide(x).reshape(-1, x.shape[-1])
 
 
-def _take(x: Tensor, axes: tuple[Axis, ...], name: str) -> Tensor:
-    """(B, heads, H, W, D) -> (B * heads * tiles, run, D)."""
+def _chunks(weights: Tensor) -> Iterator[slice]:
+    """So many tiles at a time that their weights stay within `BUDGET`."""
+    step = max(1, BUDGET // weights[0].numel()) if len(weights) else 1
+    return (slice(i, min(i + step, len(weights))) for i in range(0, len(weights), step))
+
+
+def _rows(axes: tuple[Axis, ...], name: str, some: slice) -> Tensor:
+    """Rows of `_matrix` that the queries or keys of `some` tiles are; tiles are counted over images, heads and places."""
     pixels = _pixels(axes, name)
-    matrix, rows = _rows(wide(x), pixels.flatten())
-    return matrix.index_select(0, rows).view(-1, pixels.shape[1], x.shape[-1])
+    tile = torch.arange(some.start, some.stop)
+    first = tile // len(pixels) * (axes[0].length * axes[1].length)
+    return (first[:, None] + pixels[tile % len(pixels)]).flatten()
+
+
+def _take(matrix: Tensor, axes: tuple[Axis, ...], name: str, some: slice) -> Tensor:
+    """(tiles, run, D): the queries or keys of `some` tiles."""
+    return matrix.index_select(0, _rows(axes, name, some)).view(some.stop - some.start, -1, matrix.shape[-1])
+
+
+def _among_queries(axes: tuple[Axis, ...], maps: int, queries: int) -> Tensor:
+    """Where each row of `_matrix` stands among all queries of `maps` maps, `queries` a map."""
+    return (torch.arange(maps)[:, None] * queries + _places(axes)).flatten()
 
 
 def _put(tiles: Tensor, axes: tuple[Axis, ...], like: Tensor) -> Tensor:
-    """Queries of tiles (B * heads * tiles, run, D) on a map of the shape and type of `like`; repeated ones are dropped."""
-    matrix, rows = _rows(tiles.view(*like.shape[:2], -1, like.shape[-1]), _places(axes))
-    return matrix.index_select(0, rows).view(like.shape).to(like.dtype)
+    """Queries (tiles, run, D) on a map of the shape and type of `like`; repeated ones are dropped."""
+    maps = like.shape[0] * like.shape[1]
+    rows = _among_queries(axes, maps, tiles.shape[0] * tiles.shape[1] // max(maps, 1))
+    return tiles.flatten(0, 1).index_select(0, rows).view(like.shape).to(like.dtype)
 
 
 def _cut(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
-    """The transpose of `_put`: (B, heads, H, W, D) -> (B * heads * tiles, run, D), repeated queries 0."""
-    pixels = _pixels(axes, "query")
-    out = x.new_zeros(*x.shape[:2], *pixels.shape, x.shape[-1], dtype=widened(x))
-    matrix, rows = _rows(out, _places(axes))
-    matrix.index_copy_(0, rows, wide(x).reshape(-1, x.shape[-1]))
-    return matrix.view(-1, pixels.shape[1], x.shape[-1])
+    """The transpose of `_put`: a map -> queries (tiles, run, D), repeated ones 0."""
+    pixels, maps = _pixels(axes, "query"), x.shape[0] * x.shape[1]
+    out = torch.zeros(maps * pixels.numel(), x.shape[-1], dtype=widened(x))
+    out.index_copy_(0, _among_queries(axes, maps, pixels.numel()), _matrix(x))
+    return out.view(-1, pixels.shape[1], x.shape[-1])
 
 
-def _add(tiles: Tensor, axes: tuple[Axis, ...], like: Tensor) -> Tensor:
-    """The transpose of `_take` of keys: (B * heads * tiles, run, D), summed on a map of the shape and type of `like`."""
-    total = torch.zeros(like.shape, dtype=tiles.dtype)
-    matrix, rows = _rows(total, _pixels(axes, "key").flatten())
-    matrix.index_add_(0, rows, tiles.flatten(0, 1))
-    return total.to(like.dtype)
-
-
-def _images(weights: Tensor) -> Iterator[slice]:
-    """So many images at a time that their weights stay within `tiled.BUDGET`."""
-    step = max(1, tiled.BUDGET // weights[0].numel())
-    return (slice(i, i + step) for i in range(0, weights.shape[0], step))
+def _of_tiles(kind: Tensor, kinds: int, images: int, heads: int) -> Tensor:
+    """Which of the (heads * kinds) patterns each tile has."""
+    return (torch.arange(heads)[:, None] * kinds + kind).flatten().repeat(images)
 
 
 @partial(register, "neighborhood_shared_weights")
@@ -129,26 +134,25 @@ def weights_op(
     entries, kind = _patterns(axes)
     table = F.pad(rpb.to(widened(q)).flatten(1), (0, 1), value=float("-inf"))
     bias = table.index_select(1, entries.flatten()).view(-1, *entries.shape[1:])  # (heads * kinds, T, R)
-    heads = torch.arange(q.shape[1])[:, None] * len(entries)
-    rows = (heads + kind).flatten()
-    out = bias.new_empty(q.shape[0], len(rows), *entries.shape[1:])
-    for some in _images(out) if len(q) else ():
+    pattern = _of_tiles(kind, len(entries), *q.shape[:2])
+    out = bias.new_empty(len(pattern), *entries.shape[1:])
+    queries, keys = _matrix(q), _matrix(k)
+    for some in _chunks(out):
         p = out[some]
-        for image in p:
-            torch.index_select(bias, 0, rows, out=image)
-        keys = _take(k[some], axes, "key").mT
-        p.flatten(0, 1).baddbmm_(_take(q[some], axes, "query"), keys, alpha=scale)
+        torch.index_select(bias, 0, pattern[some], out=p)
+        p.baddbmm_(_take(queries, axes, "query", some), _take(keys, axes, "key", some).mT, alpha=scale)
         torch.softmax(p, -1, out=p)
-    return out
+    return out.view(q.shape[0], -1, *entries.shape[1:])
 
 
 @partial(register, "neighborhood_shared_aggregate")
 def aggregate_op(weights: Tensor, v: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]) -> Tensor:
     axes = axes_of(v.shape[2:-1], kernel_size, dilation)
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    for some in _images(weights) if len(v) else ():
-        out[some] = _put(weights[some].flatten(0, 1) @ _take(v[some], axes, "key"), axes, v[some])
-    return out
+    weights, values = weights.flatten(0, 1), _matrix(v)
+    tiles = values.new_empty(*weights.shape[:2], v.shape[-1])
+    for some in _chunks(weights):
+        torch.bmm(weights[some], _take(values, axes, "key", some), out=tiles[some])
+    return _put(tiles, axes, v)
 
 
 @partial(register, "neighborhood_shared_weights_backward")
@@ -164,28 +168,27 @@ def _weights_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     axes = axes_of(q.shape[2:-1], kernel_size, dilation)
-    dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    summed = torch.zeros_like(weights[0]) if rpb_learns and len(q) else None
-    for some in _images(weights) if len(q) else ():
-        p = weights[some]
-        ds = torch._softmax_backward_data(grad[some], p, -1, p.dtype)
-        if summed is not None:
-            summed += ds.sum(0)
-        ds = ds.flatten(0, 1)
-        dq[some] = _put(ds @ _take(k[some], axes, "key") * scale, axes, q[some])
-        dk[some] = _add(ds.mT @ _take(q[some], axes, "query") * scale, axes, k[some])
-    return dq, dk, rpb.new_empty(0) if not rpb_learns else _table_gradient(summed, rpb, axes)
-
-
-def _table_gradient(summed: Tensor | None, rpb: Tensor, axes: tuple[Axis, ...]) -> Tensor:
-    """Gradients of scores (heads * tiles, T, R), summed over the images, collected in the table."""
-    if summed is None:
-        return torch.zeros_like(rpb, memory_format=torch.contiguous_format)
     entries, kind = _patterns(axes)
-    of_kind = summed.new_zeros(len(rpb), *entries.shape)
-    of_kind.index_add_(1, kind, summed.view(len(rpb), -1, *entries.shape[1:]))
-    table = summed.new_zeros(len(rpb), rpb[0].numel() + 1)
-    table.scatter_add_(1, entries.flatten().expand(len(rpb), -1), of_kind.flatten(1))
+    pattern = _of_tiles(kind, len(entries), *q.shape[:2])
+    grad, weights, queries, keys = grad.flatten(0, 1), weights.flatten(0, 1), _matrix(q), _matrix(k)
+    dq, dk = queries.new_empty(*weights.shape[:2], q.shape[-1]), torch.zeros_like(keys)
+    dbias = weights.new_zeros(len(rpb) * len(entries), entries[0].numel())
+    for some in _chunks(weights):
+        ds = torch._softmax_backward_data(grad[some], weights[some], -1, weights.dtype)
+        if rpb_learns:
+            dbias.index_add_(0, pattern[some], ds.flatten(1))
+        torch.bmm(ds, _take(keys, axes, "key", some), out=dq[some])
+        dk.index_add_(
+            0, _rows(axes, "key", some), (ds.mT @ _take(queries, axes, "query", some)).flatten(0, 1)
+        )
+    drpb = _collected(dbias, entries, rpb) if rpb_learns else rpb.new_empty(0)
+    return _put(dq.mul_(scale), axes, q), dk.mul_(scale).view(k.shape).to(k.dtype), drpb
+
+
+def _collected(dbias: Tensor, entries: Tensor, rpb: Tensor) -> Tensor:
+    """Gradients of the scores of every pattern (heads * kinds, T * R), summed where they have one entry of the table."""
+    table = dbias.new_zeros(len(rpb), rpb[0].numel() + 1)
+    table.scatter_add_(1, entries.flatten().expand(len(rpb), -1), dbias.view(len(rpb), -1))
     return table[:, :-1].reshape(rpb.shape).to(rpb.dtype)
 
 
@@ -195,12 +198,12 @@ def _aggregate_backward(
 ) -> tuple[Tensor, Tensor]:
     axes = axes_of(v.shape[2:-1], kernel_size, dilation)
     dweights = torch.empty_like(weights, memory_format=torch.contiguous_format)
-    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
-    for some in _images(weights) if len(v) else ():
-        g = _cut(grad[some], axes)
-        torch.bmm(g, _take(v[some], axes, "key").mT, out=dweights[some].flatten(0, 1))
-        dv[some] = _add(weights[some].flatten(0, 1).mT @ g, axes, v[some])
-    return dweights, dv
+    flat, into, values, g = weights.flatten(0, 1), dweights.flatten(0, 1), _matrix(v), _cut(grad, axes)
+    dv = torch.zeros_like(values)
+    for some in _chunks(flat):
+        torch.bmm(g[some], _take(values, axes, "key", some).mT, out=into[some])
+        dv.index_add_(0, _rows(axes, "key", some), (flat[some].mT @ g[some]).flatten(0, 1))
+    return dweights, dv.view(v.shape).to(v.dtype)
 
 
 @weights_op.register_fake
