@@ -37,6 +37,11 @@ class Captioned:
     def peek(self, index: int) -> tuple[str, int] | None:
         return stamp_of(self.folder / self.names[index]), index
 
+    def every(self, count: int, *, others: bool = False) -> Captioned:
+        """Every so many-th image, the first one included, or all others."""
+        places = [i for i in range(len(self)) if (i % count == 0) != others]
+        return Captioned(self.folder, [self.names[i] for i in places], [self.captions[i] for i in places])
+
 
 def open_captions(
     root: str, train: str, held_out: str, *, column: str, skip: bool, hold_out: int
@@ -58,20 +63,15 @@ def open_captions(
     if held_out and (base / held_out).is_dir():
         if first == base:
             raise ValueError(f"data.root: {base} has a folder {held_out!r} but none {train!r}")
-        splits = (_read(folder, column, skip, notes) for folder in (first, base / held_out))
-        return *splits, notes
+        splits = [_read(folder, column, skip, notes) for folder in (first, base / held_out)]
+        return splits[0], splits[1], notes
     found = _read(first, column, skip, notes)
     if not hold_out:
         return found, found, notes
-    here = [i for i in range(len(found)) if i % hold_out == 0]
-    rest = [i for i in range(len(found)) if i % hold_out]
-    if not rest:
+    rest = found.every(hold_out, others=True)
+    if not len(rest):
         raise ValueError(f"text.hold_out: every {hold_out}-th of {len(found)} images leaves none to train on")
-    parts = (
-        Captioned(first, [found.names[i] for i in part], [found.captions[i] for i in part])
-        for part in (rest, here)
-    )
-    return *parts, notes
+    return rest, found.every(hold_out), notes
 
 
 def _read(folder: Path, column: str, skip: bool, notes: list[str]) -> Captioned:

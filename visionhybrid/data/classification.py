@@ -35,8 +35,8 @@ _DAMAGED = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombE
 class Source(Protocol):
     """Images by index. `classes`: their names in label order, or () when the source does not know."""
 
-    classes: Sequence[str]
-
+    @property
+    def classes(self) -> Sequence[str]: ...
     def __len__(self) -> int: ...
     def read(self, index: int) -> tuple[Image.Image, int]: ...
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,14 @@ class Exercise:
     kwargs: dict[str, Any]
     target: Tensor  # (B, ...)
     weight: Tensor  # (B,)
+    bound: Callable[[Tensor], Tensor] | None = (
+        None  # (B,) of an output, for the variance in its further channels
+    )
 
     def errors(self, output: Tensor) -> Tensor:
-        """(B,). A variance that a model predicts besides, in further channels, is not looked at."""
-        return squared_errors(output[:, : self.target.shape[1]], self.target, self.weight)
+        """(B,). Without a bound, a variance in further channels is not looked at."""
+        errors = squared_errors(output[:, : self.target.shape[1]], self.target, self.weight)
+        return errors if self.bound is None else errors + self.bound(output)
 
     def loss(self, output: Tensor) -> Tensor:
         return self.errors(output).mean()
@@ -165,9 +169,11 @@ class Generate:
     def exercise(self, batch: Sample) -> Exercise:
         """What the model is asked about a batch, in training or of held-out images."""
         image, noise, times = batch["image"], batch["noise"], batch["time"]
-        args, kwargs = self.generator.inputs(self.noising.noised(image, noise, times), times, batch)
+        noised = self.noising.noised(image, noise, times)
+        args, kwargs = self.generator.inputs(noised, times, batch)
         target = self.generator.target(self.noising.target(image, noise, times))
-        return Exercise(args, kwargs, target, self.noising.weight(times))
+        bound = self.noising.bound and partial(self.noising.bound, image=image, noised=noised, times=times)
+        return Exercise(args, kwargs, target, self.noising.weight(times), bound)
 
     # -- validation --------------------------------------------------------------------------------------------------
 
@@ -318,7 +324,7 @@ class Noised:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return self.images.classes
+        return tuple(self.images.classes)
 
     def sample(self, index: int, seed: int) -> Sample:
         found = self.images.sample(index, seed)
