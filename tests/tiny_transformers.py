@@ -1,5 +1,7 @@
 """Real diffusers transformers with joint tokens or video grids, as small as those of `tiny_pipelines`, and inputs for them."""
 
+from math import prod
+
 import torch
 from tiny_pipelines import _quiet, _seeded, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer, vae
 
@@ -180,12 +182,28 @@ def wan(**config):
 # ---- inputs --------------------------------------------------------------------------------------------------------
 
 
-def flux_inputs(grid=(8, 10), text=12, batch=1, **config):
-    draw = torch.Generator().manual_seed(0)
-    return dict(
-        hidden_states=torch.randn(batch, grid[0] * grid[1], 16, generator=draw),
-        encoder_hidden_states=torch.randn(batch, text, 32, generator=draw),
-        pooled_projections=torch.randn(batch, 32, generator=draw),
+def _inputs(batch, *shape, text=7, **extra):
+    """Hidden states of `shape`, text of width 32, a time; `extra` as it is, or drawn where it is a shape."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*sides):
+        return torch.randn(batch, *sides, generator=generator)
+
+    given = dict(
+        hidden_states=drawn(*shape),
+        encoder_hidden_states=drawn(text, 32),
+        timestep=torch.full((batch,), 500),
+    )
+    return given | {key: drawn(*value) if isinstance(value, tuple) else value for key, value in extra.items()}
+
+
+def flux_inputs(grid=(8, 10), text=12, batch=1):
+    return _inputs(
+        batch,
+        grid[0] * grid[1],
+        16,
+        text=text,
+        pooled_projections=(32,),
         timestep=torch.full((batch,), 0.5),
         img_ids=places(*grid),
         txt_ids=torch.zeros(text, 3),
@@ -198,55 +216,28 @@ def places(height, width, frame=0):
 
 
 def wan_inputs(grid=(3, 4, 5), batch=1):
-    draw = torch.Generator().manual_seed(0)
-    return dict(
-        hidden_states=torch.randn(batch, 16, grid[0], 2 * grid[1], 2 * grid[2], generator=draw),
-        encoder_hidden_states=torch.randn(batch, 7, 32, generator=draw),
-        timestep=torch.full((batch,), 500),
-    )
+    return _inputs(batch, 16, grid[0], 2 * grid[1], 2 * grid[2])
 
 
 def sd3_inputs(grid=(6, 8), batch=1):
-    draw = torch.Generator().manual_seed(0)
-    return dict(
-        hidden_states=torch.randn(batch, 4, 2 * grid[0], 2 * grid[1], generator=draw),
-        encoder_hidden_states=torch.randn(batch, 7, 32, generator=draw),
-        pooled_projections=torch.randn(batch, 64, generator=draw),
-        timestep=torch.full((batch,), 500),
-    )
+    return _inputs(batch, 4, 2 * grid[0], 2 * grid[1], pooled_projections=(64,))
 
 
 def sana_inputs(grid=(6, 8), batch=1):
-    draw = torch.Generator().manual_seed(0)
-    return dict(
-        hidden_states=torch.randn(batch, 4, *grid, generator=draw),
-        encoder_hidden_states=torch.randn(batch, 7, 32, generator=draw),
-        timestep=torch.full((batch,), 500),
-    )
+    return _inputs(batch, 4, *grid)
 
 
 def cogvideox_inputs(grid=(3, 4, 5), batch=1):
-    draw = torch.Generator().manual_seed(0)
-    tokens = grid[0] * grid[1] * grid[2]
-    angle = torch.randn(tokens, 8, generator=draw).repeat_interleave(2, 1)
-    return dict(
-        hidden_states=torch.randn(batch, grid[0], 4, 2 * grid[1], 2 * grid[2], generator=draw),
-        encoder_hidden_states=torch.randn(batch, 7, 32, generator=draw),
-        timestep=torch.full((batch,), 500),
-        image_rotary_emb=(angle.cos(), angle.sin()),
-    )
+    angle = torch.randn(prod(grid), 8, generator=torch.Generator().manual_seed(1)).repeat_interleave(2, 1)
+    rotary = [angle.cos(), angle.sin()]
+    return _inputs(batch, grid[0], 4, 2 * grid[1], 2 * grid[2], image_rotary_emb=rotary)
 
 
 def hunyuan_video_inputs(grid=(3, 4, 5), batch=1):
     """Padded text, of another length in every sample."""
-    draw = torch.Generator().manual_seed(0)
-    return dict(
-        hidden_states=torch.randn(batch, 4, grid[0], 2 * grid[1], 2 * grid[2], generator=draw),
-        encoder_hidden_states=torch.randn(batch, 7, 32, generator=draw),
-        encoder_attention_mask=(torch.arange(7) < torch.tensor([[4], [6]]))[:batch].long(),
-        pooled_projections=torch.randn(batch, 32, generator=draw),
-        timestep=torch.full((batch,), 500),
-    )
+    seen = (torch.arange(7) < torch.tensor([[4], [6]]))[:batch].long()
+    sides = grid[0], 2 * grid[1], 2 * grid[2]
+    return _inputs(batch, 4, *sides, encoder_attention_mask=seen, pooled_projections=(32,))
 
 
 INPUTS = {
