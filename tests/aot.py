@@ -1,11 +1,13 @@
-"""Compiles Triton kernels ahead of time, for GPUs that are not here. Run as `python aot.py TARGET OPERATOR`: one JSON line a kernel.
+"""Compiles Triton kernels ahead of time, for GPUs that are not here. Run as `python aot.py OPERATOR`: one JSON line a kernel.
 
-A process of its own, because under TRITON_INTERPRET=1, as the other tests run, `triton.jit` gives nothing to compile.
+A process of its own, because under TRITON_INTERPRET=1, as the other tests run, `triton.jit` gives nothing to compile. A kernel
+takes a third of a second, whichever it is, so not every one is compiled for every target: see `chosen`. `AOT_ALL=1` does.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -37,6 +39,10 @@ class Build:
     options: dict[str, Any]
     tuples: dict[str, int] = field(default_factory=dict)
     packed: bool = False  # strides in `tuples` are multiples of 16
+    cell: tuple[
+        str, int
+    ]  # element type, and the power of two that holds the head dim (of a scan: the states)
+    everywhere: bool = False  # compiled for every target: shared memory and registers end there
 
     def source(self) -> ASTSource:
         signature, constants = {}, {}
@@ -70,6 +76,10 @@ class Build:
         return ASTSource(self.kernel, signature, constants, aligned)
 
 
+def padded(*dims: int) -> int:
+    return triton.next_power_of_2(max(dims))
+
+
 def _linear() -> Iterator[Build]:
     from visionhybrid.kernels.linear_attention import triton as linear
 
@@ -85,7 +95,14 @@ def _linear() -> Iterator[Build]:
         pointers = {n: t for n, t in pointers.items() if n in kernel.arg_names and n not in constants}
         name = f"linear_attention {label} D={D} E={E} {kind} " + " ".join(str(f) for f in flags.values())
         return Build(
-            name=name, kernel=kernel, pointers=pointers, constants=constants, floats=floats, options=options
+            name=name,
+            kernel=kernel,
+            pointers=pointers,
+            constants=constants,
+            floats=floats,
+            options=options,
+            cell=(kind, padded(D, E)),
+            everywhere=D == 256 and not flags["ROTATED"],
         )
 
     # Every tile size in both precisions, with the flags of training without extras ...
@@ -121,7 +138,15 @@ def _scan() -> Iterator[Build]:
         constants = sizes | flags | dict.fromkeys(absent)
         pointers = {n: t for n, t in pointers.items() if n in kernel.arg_names and n not in constants}
         name = f"selective_scan {label} N={N} {kind} " + " ".join(f"{k}={v}" for k, v in flags.items())
-        return Build(name=name, kernel=kernel, pointers=pointers, constants=constants, options=options)
+        return Build(
+            name=name,
+            kernel=kernel,
+            pointers=pointers,
+            constants=constants,
+            options=options,
+            cell=(kind, padded(N)),
+            everywhere=not flags["STATES"] and not flags.get("STARTS"),
+        )
 
     for N in (1, 16, 256):
         for kind in ("bf16", "fp32"):
@@ -179,6 +204,8 @@ def _window() -> Iterator[Build]:
             options=options,
             tuples={n: length for n, length in lengths.items() if n in names},
             packed=D % 16 == E % 16 == 0,
+            cell=(kind, padded(D, E)),
+            everywhere=D == 128 and kind != "fp16" and not shifted,
         )
 
     kernels = windows.kernels
@@ -233,6 +260,8 @@ def _sparse(amd: bool) -> Iterator[Build]:
                 constants=constants,
                 floats=("scale",),
                 options=options,
+                cell=(kind, padded(D, E)),
+                everywhere=D >= 160 or (D, kind) == (128, "fp32"),
             )
 
 
@@ -267,6 +296,8 @@ def _neighborhood() -> Iterator[Build]:
             options=options,
             tuples={n: length for n, length in lengths.items() if n in names},
             packed=D % 16 == E % 16 == 0,
+            cell=(weights or kind, padded(D, E)),
+            everywhere=D in (1, 128),  # 1: no head dim at all
         )
 
     read = ("grad", "q", "k", "v", "rpb", "lse", "delta")
@@ -303,6 +334,27 @@ OPERATORS = {
 }
 
 
+def chosen(operator: str, target: str) -> list[Build]:
+    """Of an operator's builds those to compile for a target: those that are `everywhere`, the others one target each, in turn.
+
+    The kernels of one configuration fall to different targets, so that each target still sees every element type at every size.
+    """
+    builds = list(OPERATORS[operator](TARGETS[target]))
+    if os.environ.get("AOT_ALL") == "1":
+        return builds
+    turns: dict[Any, int] = {}
+    taken = []
+    for build in builds:
+        # A kernel's first turn is its own place among the kernels.
+        turn = turns.setdefault(build.kernel, len(turns))
+        if build.everywhere or turn % len(TARGETS) == list(TARGETS).index(target):
+            taken.append(build)
+        turns[build.kernel] += not build.everywhere
+    lost = {build.cell for build in builds} - {build.cell for build in taken}
+    assert not lost, f"{operator} on {target}: nothing is compiled for {lost}"
+    return taken
+
+
 def compiled(build: Build, target: GPUTarget) -> dict[str, Any]:
     """Compiles; bytes of shared memory and of registers spilled (per thread)."""
     made = triton.compile(build.source(), target=target, options=build.options)
@@ -322,7 +374,7 @@ def _spilled(made: Any, target: GPUTarget) -> int:
 
 
 if __name__ == "__main__":
-    target = TARGETS[sys.argv[1]]
-    for one in OPERATORS[sys.argv[2]](target):
-        sys.stdout.write(json.dumps(compiled(one, target)) + "\n")
-        sys.stdout.flush()
+    for name, target in TARGETS.items():
+        for one in chosen(sys.argv[1], name):
+            sys.stdout.write(json.dumps({"target": name} | compiled(one, target)) + "\n")
+            sys.stdout.flush()

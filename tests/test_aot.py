@@ -19,10 +19,9 @@ SPILLED = 64
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("target", SHARED)
-def test_every_kernel_compiles_and_fits(target, operator, pytestconfig):
+def test_every_kernel_compiles_and_fits(operator, pytestconfig):
     run = subprocess.run(
-        [sys.executable, Path(__file__).with_name("aot.py"), target, operator],
+        [sys.executable, Path(__file__).with_name("aot.py"), operator],
         capture_output=True,
         text=True,
         env=os.environ
@@ -36,7 +35,7 @@ def test_every_kernel_compiles_and_fits(target, operator, pytestconfig):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     made = [json.loads(line) for line in run.stdout.splitlines()]
-    assert made
+    assert {one["target"] for one in made} == set(SHARED)
     for one in made:
-        assert one["shared"] <= min(SHARED[target], EVERYWHERE.get(operator, 2**20)), one
+        assert one["shared"] <= min(SHARED[one["target"]], EVERYWHERE.get(operator, 2**20)), one
         assert one["spilled"] <= SPILLED, one

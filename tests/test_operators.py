@@ -6,7 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import OPERATORS
 from samples import Operator, Sample
+from torch._inductor import config as inductor
 from torch.utils.checkpoint import checkpoint
+
+from visionhybrid.kernels import compiler
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = [
@@ -157,6 +160,29 @@ def test_compiles_without_a_break(op):
         results.append(torch.autograd.grad(loss, list(inputs.values())))
     for compiled_grad, grad in zip(*reversed(results), strict=True):
         torch.testing.assert_close(compiled_grad, grad)
+
+
+@pytest.mark.skipif(compiler.missing() is not None, reason=str(compiler.missing()))
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # inductor's own
+def test_inductor_generates_code_around_every_operator():
+    """All in one graph, forward and backward: what stands between operators becomes C++, what they are stays a call."""
+    calls = {op: first(op) for op in OPERATORS}
+    inputs = {op: sample.cast(torch.float32) for op, (_, sample) in calls.items()}
+    leaves = [x for given in inputs.values() for x in given.values()]
+
+    def every(inputs):
+        outs = [call(**inputs[op]) for op, (call, _) in calls.items()]
+        outs = [out for some in outs for out in (some if isinstance(some, tuple) else (some,))]
+        return [out for out in outs if out.requires_grad]
+
+    cotangents = [torch.randn_like(out) for out in every(inputs)]
+    with inductor.patch(compile_threads=1):
+        results = []
+        for function in (every, torch.compile(every, fullgraph=True, backend="inductor")):
+            outs = function(inputs)
+            results.append((*outs, *torch.autograd.grad(outs, leaves, cotangents)))
+    for compiled, plain in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(compiled, plain)
 
 
 @pytest.mark.parametrize("op", OPERATORS)
