@@ -133,6 +133,9 @@ def test_bands_with_projections_equal_the_map(dtype, shift):
         out = mixer(x)
         with torch.device("meta"):
             assert not suits(torch.empty(1))
+        onto = torch.ones(x.shape, dtype=torch.float64)
+        assert mixer(x, onto) is onto
+        assert torch.equal(onto, 1 + out.double())
     assert out.dtype == dtype
     assert err(out, want) < {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(dtype, 1e-6)
     if dtype == torch.float32:

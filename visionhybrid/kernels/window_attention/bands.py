@@ -39,6 +39,7 @@ def attention_in_bands(
     window_size: int,
     shift: int = 0,
     scale: float | None = None,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """after(window_attention(*before(x), bias, ...)), (B, H, W, C) -> (B, H, W, C').
 
@@ -46,23 +47,25 @@ def attention_in_bands(
         before: joint projection of pixels, (B, H, W, C) -> (B, H, W, 3 * heads * D): all of q, then k, then v.
         after: of pixels, (B, H, W, heads * D) -> (B, H, W, C'). Both are given a row of windows at a time, as pixels in any order.
         bias, window_size, shift, scale: as in `window_attention`.
+        onto: (B, H, W, C'), to which the result is added in place, and which is returned then.
     """
     size = (window_size, window_size)
     C = x.shape[3]
     grid = Grid(x, num_heads, bias, size, size, (shift, shift))
-    attend = out = None
+    attend, out = None, onto
     for b in range(len(x)):
         for row in range(grid.rows):
             pixels = grid.windows(x[b].unsqueeze(2), row, size).reshape(1, window_size, -1, C)
             qkv = before(pixels).reshape(grid.columns, *size, 3, num_heads, -1)
             if attend is None:
                 head_dim = qkv.shape[5]
-                attend = Rows(grid, head_dim, head_dim**-0.5 if scale is None else scale, x.device)
+                attend = Rows(grid, qkv, qkv, head_dim**-0.5 if scale is None else scale)
             # Autocast would round the float32 sums of float16.
             with torch.autocast("cpu", enabled=False):
                 attended = attend(row, *qkv.unbind(3)).to(qkv.dtype)  # (columns, N, heads, D)
             pixels = after(attended.reshape(1, window_size, -1, num_heads * head_dim))
             if out is None:
                 out = pixels.new_empty(*x.shape[:3], pixels.shape[3])
-            grid.put(out[b], row, grid.as_band(pixels.reshape(grid.columns, -1, pixels.shape[3])))
+            band = grid.as_band(pixels.reshape(grid.columns, -1, pixels.shape[3]))
+            grid.put(out[b], row, band, add=onto is not None)
     return out

@@ -99,58 +99,66 @@ class Rows:
     1.9 x faster in MKL, and a grouped convolution can do it.
     """
 
-    def __init__(self, grid: Grid, dim: int, scale: float, device: torch.device) -> None:
-        """`dim` is the head dim of v."""
-        self.grid, self.dim, self.scale = grid, dim, scale * LOG2E
-        self.spans = list(grid.spans())
+    def __init__(self, grid: Grid, q: Tensor, v: Tensor, scale: float) -> None:
+        """`q` and `v` are anything with their head dim as the last."""
+        self.grid, self.dim, self.scale = grid, v.shape[-1], scale * LOG2E
         heads, first, second = grid.shape
-        widest = max(span.stop - span.start for span in self.spans)
-        make = partial(torch.empty, dtype=grid.dtype, device=device)
-        self.weights = make(widest * heads, first, second)
+        spans = list(grid.spans())
+        make = partial(torch.empty, dtype=grid.dtype, device=v.device)
+        weights = make(max(span.stop - span.start for span in spans) * heads, first, second)
+        q, k = (make(grid.columns, heads, *size, q.shape[-1]) for size in (grid.window, grid.reach))
         if grid.keys_first:
-            self.sums = make(grid.columns, heads, dim + 1, second)
-            self.rows = self.sums.transpose(2, 3)
+            v = torch.ones_like(make(grid.columns, heads, self.dim + 1, *grid.reach))
+            self.v = v[:, :, : self.dim].permute(0, 3, 4, 1, 2)
+            v, sums = v.flatten(3), make(grid.columns, heads, self.dim + 1, second)
+            self.rows = sums.transpose(2, 3)
         else:
-            self.sums = self.rows = make(grid.columns, heads, first, dim + 1 + -(dim + 1) % 16)
-        self.norm = self.rows[..., dim : dim + 1]
+            width = self.dim + 1 + -(self.dim + 1) % 16
+            v = torch.ones_like(make(grid.columns, heads, *grid.reach, width))
+            self.v = v[..., : self.dim].permute(0, 2, 3, 1, 4)
+            v, sums = v.flatten(2, 3), make(grid.columns, heads, first, width)
+            self.rows = sums
+        # where windows (columns, height, width, heads, D) go
+        self.q, self.k = (t.permute(0, 2, 3, 1, 4) for t in (q, k))
+        self.norm = self.rows[..., self.dim : self.dim + 1]
+        q, k = q.flatten(2, 3), k.flatten(2, 3)
+        a, b = (k, q) if grid.keys_first else (q, k)
+        self.runs = []
+        for span in spans:
+            parts = [t[span].flatten(0, 1) for t in (a, b, v, sums)]
+            self.runs.append((span, weights[: len(parts[0])], *parts))
 
     def __call__(self, row: int, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None = None) -> Tensor:
         """Windows (columns, height, width, heads, D) -> (columns, tokens, heads, E); into `lse`, (columns, heads, tokens), log2
         of the normalisers.
         """
-        g = self.grid
-        q, k = g.rows_of(q), g.rows_of(k)
-        v = g.columns_of(v, ones=1) if g.keys_first else g.rows_of(v, ones=self.sums.shape[3] - self.dim)
-        for span in self.spans:
-            weights = self._logits(row, span, q, k)
-            if g.masked(row, span):
+        self.q.copy_(q)
+        self.k.copy_(k)
+        self.v.copy_(v)
+        for span, weights, a, b, values, sums in self.runs:
+            self.grid.logits(weights, row, span, a, b, self.scale)
+            if self.grid.masked(row, span):
                 # Between pieces exp2 would give subnormal numbers, which processors are slow with.
                 weights.clamp_(min=SMALLEST)
-            self._multiply(span, torch.exp2(weights, out=weights), v)
+            self._multiply(torch.exp2(weights, out=weights), values, sums)
         low, high = torch.aminmax(self.norm)
         if not (low > SAFE[0] and high < SAFE[1]):
-            self._carefully(row, q, k, v, lse)
+            self._carefully(row, lse)
         elif lse is not None:
             lse.copy_(self.norm[..., 0]).log2_()
         # Dividing whole rows is five times as fast as dividing the part that is wanted.
         return (self.rows / self.norm)[..., : self.dim].transpose(1, 2)
 
-    def _logits(self, row: int, span: slice, q: Tensor, k: Tensor) -> Tensor:
-        q, k = (t[span].flatten(0, 1) for t in (q, k))
-        a, b = (k, q) if self.grid.keys_first else (q, k)
-        return self.grid.logits(self.weights[: len(q)], row, span, a, b, self.scale)
-
-    def _multiply(self, span: slice, weights: Tensor, v: Tensor) -> None:
-        v, sums = v[span].flatten(0, 1), self.sums[span].flatten(0, 1)
+    def _multiply(self, weights: Tensor, v: Tensor, sums: Tensor) -> None:
         _product(v, weights, sums) if self.grid.keys_first else _product(weights, v, sums)
 
-    def _carefully(self, row: int, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None) -> None:
+    def _carefully(self, row: int, lse: Tensor | None) -> None:
         """The sums with each row's maximum taken off first."""
         keys = 1 if self.grid.keys_first else 2
-        for span in self.spans:
-            weights = self._logits(row, span, q, k)
+        for span, weights, a, b, values, sums in self.runs:
+            self.grid.logits(weights, row, span, a, b, self.scale)
             top = weights.amax(keys, keepdim=True)
-            self._multiply(span, torch.exp2(weights.sub_(top), out=weights), v)
+            self._multiply(torch.exp2(weights.sub_(top), out=weights), values, sums)
             if lse is not None:
                 total = self.norm[span, ..., 0].to(self.grid.wide).log2()
                 lse[span] = total + top.flatten(1).unflatten(0, (-1, self.grid.shape[0]))
@@ -169,7 +177,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """Output map, and log2 of each softmax's normaliser, (B, rows, columns, heads, N)."""
     g = Grid(q, q.shape[3], bias, window, reach, shift)
-    attend = Rows(g, v.shape[4], scale, v.device)
+    attend = Rows(g, q, v, scale)
     out = v.new_empty(v.shape)
     lse = v.new_empty(len(q), g.rows, g.columns, q.shape[3], window[0] * window[1], dtype=g.wide)
     for b in range(len(q)):

@@ -111,8 +111,8 @@ class Grid:
             band = torch.cat([band[:, self.shift[1] :], band[:, : self.shift[1]]], dim=1)
         return band
 
-    def put(self, t: Tensor, row: int, band: Tensor) -> None:
-        """Write a band back where `band` took it from; bands that overlap are added."""
+    def put(self, t: Tensor, row: int, band: Tensor, *, add: bool = False) -> None:
+        """Write a band back where `band` took it from, or `add` it to what is there; bands that overlap are always added."""
         H, W = t.shape[:2]
         top = row * self.window[0] + self.shift[0]
         if band.shape[:2] != (self.window[0], W):
@@ -125,28 +125,28 @@ class Grid:
             (t[top : top + inside], band[:inside]),
             (t[: band.shape[0] - inside], band[inside:]),
         ):
-            target[:, self.shift[1] :] = source[:, :cut]
-            target[:, : self.shift[1]] = source[:, cut:]
+            for to, part in (
+                (target[:, self.shift[1] :], source[:, :cut]),
+                (target[:, : self.shift[1]], source[:, cut:]),
+            ):
+                to.add_(part) if add else to.copy_(part)
 
     def windows(self, t: Tensor, row: int, size: Pair) -> Tensor:
         """One row of windows, (columns, height, width, heads, D)."""
         return self.band(t, row, size).unfold(1, size[1], self.window[1]).permute(1, 0, 4, 2, 3)
 
-    def rows_of(self, windows: Tensor, factor: float = 1.0, ones: int = 0) -> Tensor:
-        """(columns, height, width, heads, D) -> (columns, heads, tokens, D + ones), `factor` times, then channels of ones."""
+    def rows_of(self, windows: Tensor, factor: float = 1.0) -> Tensor:
+        """(columns, height, width, heads, D) -> (columns, heads, tokens, D), `factor` times."""
         columns, height, width, heads, dim = windows.shape
-        out = windows.new_empty(columns, heads, height, width, dim + ones, dtype=self.dtype)
-        out[..., :dim] = windows.permute(0, 3, 1, 2, 4)
-        out[..., dim:] = 1.0
+        out = windows.new_empty(columns, heads, height, width, dim, dtype=self.dtype)
+        out.copy_(windows.permute(0, 3, 1, 2, 4))
         return out.flatten(2, 3) if factor == 1 else out.flatten(2, 3).mul_(factor)
 
-    def columns_of(self, windows: Tensor, ones: int = 0) -> Tensor:
-        """(columns, height, width, heads, D) -> (columns, heads, D + ones, tokens), then rows of ones."""
+    def columns_of(self, windows: Tensor) -> Tensor:
+        """(columns, height, width, heads, D) -> (columns, heads, D, tokens)."""
         columns, height, width, heads, dim = windows.shape
-        out = windows.new_empty(columns, heads, dim + ones, height, width, dtype=self.dtype)
-        out[:, :, :dim] = windows.permute(0, 3, 4, 1, 2)
-        out[:, :, dim:] = 1.0
-        return out.flatten(3)
+        out = windows.new_empty(columns, heads, dim, height, width, dtype=self.dtype)
+        return out.copy_(windows.permute(0, 3, 4, 1, 2)).flatten(3)
 
     def as_band(self, tokens: Tensor) -> Tensor:
         """(columns, tokens, ...) -> band (height, columns * width, ...)."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionhybrid.kernels.window_attention.bands import suits
 from visionhybrid.models.restorer import working_dtype
 
 
@@ -19,6 +20,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.flatten(0, 1)[:, None].permute(0, 3, 1, 2)  # (B * H, C, 1, W)
     y = F.conv2d(rows, weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:3], -1)
+
+
+def gelu_of_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(linear(x)), (B, H, W, C); where no graph is made, by oneDNN's product that ends in GELU, which inductor uses too."""
+    if not (suits(x) and _fuses(x.dtype)):
+        return F.gelu(linear(x, weight, bias))
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+
+
+def _fuses(dtype: torch.dtype) -> bool:
+    ops = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported())
 
 
 def accumulate(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:

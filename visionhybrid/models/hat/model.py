@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visionhybrid.kernels.window_attention import window_attention
 from visionhybrid.kernels.window_attention.bands import attention_in_bands, suits
-from visionhybrid.models.hat.layers import LayerNorm, Linear, StreamConv, accumulate
+from visionhybrid.models.hat.layers import LayerNorm, Linear, StreamConv, accumulate, gelu_of_linear, linear
 from visionhybrid.models.restorer import Restorer, working_dtype
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, as EDSR's authors measured it
@@ -53,21 +53,25 @@ class WindowAttention(nn.Module):
     def bias(self) -> Tensor:
         """(heads, queries, keys)."""
         w, e = self.window_size, self.key_window_size
-        # (heads, w, w, e, e): [a, b, i, j] is the table at (a + i, b + j), and query row y has a = w - 1 - y
+        # (heads, w, w, e, e): [a, b, i, j] is the table at (a + i, b + j); query (y, x) has (a, b) = (w - 1 - y, w - 1 - x)
         windows = self.bias_table.unfold(1, e, 1).unfold(2, e, 1)
-        return windows.flip(1, 2).reshape(self.num_heads, w * w, e * e)
+        return windows.reshape(self.num_heads, w * w, e * e).flip(1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """`onto`: a map to add the result to, in place where nothing is recorded."""
         if self.key_window_size == self.window_size and suits(x):
+            # Cast once: autocast would do it for every row of windows.
+            weight, bias = (None if p is None else p.to(x.dtype) for p in (self.qkv.weight, self.qkv.bias))
             return attention_in_bands(
                 x,
-                self.qkv,
+                lambda y: linear(y, weight, bias),
                 lambda y: self.drop(self.proj(y)),
                 self.bias(),
                 num_heads=self.num_heads,
                 window_size=self.window_size,
                 shift=self.shift,
                 scale=self.scale,
+                onto=onto,
             )
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, H, W, 3, heads, D)
         out = window_attention(
@@ -78,7 +82,8 @@ class WindowAttention(nn.Module):
             shift=self.shift,
             scale=self.scale,
         )
-        return self.drop(self.proj(out.flatten(3)))
+        out = self.drop(self.proj(out.flatten(3)))
+        return out if onto is None else accumulate(onto, out)
 
 
 class ChannelAttentionConv(nn.Module):
@@ -92,9 +97,14 @@ class ChannelAttentionConv(nn.Module):
         self.fc2 = nn.Conv2d(gate_dim, dim, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.parts(x)
+        return x * gate
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The map and its gate, (B, C, 1, 1), whose product is the result."""
         x = self.conv2(F.gelu(self.conv1(x)))
         mean = x.mean((2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
-        return x * self.fc2(F.relu(self.fc1(mean))).sigmoid()
+        return x, self.fc2(F.relu(self.fc1(mean))).sigmoid()
 
 
 class Mlp(nn.Module):
@@ -105,7 +115,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+        return self.drop(self.fc2(self.drop(gelu_of_linear(x, self.fc1.weight, self.fc1.bias))))
 
 
 class HybridBlock(nn.Module):
@@ -142,8 +152,10 @@ class HybridBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kind = working_dtype(x, self.mixer.qkv.weight)
         n = self.norm1(x).to(kind)
-        x = x + self.drop_path(self.mixer(n))
-        x = accumulate(x, self.conv(n.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), self.conv_scale)
+        conv, gate = (t.permute(0, 2, 3, 1) for t in self.conv.parts(n.permute(0, 3, 1, 2)))
+        x = torch.addcmul(x, conv, gate.to(x.dtype), value=self.conv_scale)
+        # `x` is this block's own memory from here on.
+        x = accumulate(x, self.drop_path(self.mixer(n))) if self.training else self.mixer(n, onto=x)
         return accumulate(x, self.drop_path(self.mlp(self.norm2(x).to(kind))))
 
 
