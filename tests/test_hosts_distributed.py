@@ -36,7 +36,9 @@ MODELS = {
     "unet": (["linfusion", "agent"], RING),
     "dit": (["window"], RING),
     "pixart": (["clear"], RING),
-    "hybrid": (["linear"], RING),
+    "sana": (["linear", "sla"], RING),
+    "mlp": (["linear", "clear"], RING),
+    "mix_ffn": (["linear"], RING),
 }
 PIPELINES = {"flux": tiny_transformers.flux, "wan": tiny_transformers.wan, "sd15": tiny_pipelines.sd15}
 
@@ -46,14 +48,13 @@ def example(name):
     draw = torch.Generator().manual_seed(0)
     if name == "unet":
         return tiny_pipelines.unet(), tiny_pipelines.unet_inputs(size=(12, 16))
-    if name == "hybrid":
+    if name in ("mlp", "mix_ffn"):
         torch.manual_seed(0)
-        model = HybridDiT(**TINY).eval()
+        model = HybridDiT(**TINY, feed_forward=name).eval()
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        side = TINY["sample_size"]
         return model, dict(
-            hidden_states=torch.randn(1, TINY["in_channels"], side, side, generator=draw),
+            hidden_states=torch.randn(1, TINY["in_channels"], 6, 8, generator=draw),  # 3 x 4 patches
             timestep=500,
             class_labels=torch.tensor([1]),
         )
@@ -133,19 +134,16 @@ def others(rank):
     with pytest.raises(ValueError, match="attach and detach before enable_parallelism"):
         visionhybrid.detach(model)
 
-    for name, layers, options, reason in (
-        ("sd3", "transformer_blocks.0", {}, "JointAttnProcessor2_0, which would see its rank's tokens only"),
-        ("sana", None, {}, "SANA's feed-forward networks convolve the image"),
-        ("hybrid", None, dict(feed_forward="mix_ffn"), "MixFeedForward needs the whole image"),
-    ):
-        if name == "hybrid":
-            model = HybridDiT(**{**TINY, **options})
-        else:
-            model = tiny_transformers.transformer(name)
-            visionhybrid.attach(model, "linfusion", layers=layers)
-        with pytest.raises(ValueError, match=reason):
-            model.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
-        assert model._parallel_config is None
+    model, inputs = example("sd3")
+    visionhybrid.attach(model, "linfusion", layers="transformer_blocks.0")
+    with pytest.raises(ValueError, match="JointAttnProcessor2_0, which would see its rank's tokens only"):
+        model.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
+    assert model._parallel_config is None
+    model, _ = example("sana")
+    visionhybrid.attach(model, "linear")
+    model.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
+    with pytest.raises(ValueError, match="2 ranks share whole rows of the image, which has 7"):
+        output(model, tiny_transformers.sana_inputs((7, 8)))
 
 
 def test_two_processes_give_the_image_of_one(tmp_path):

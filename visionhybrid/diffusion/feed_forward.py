@@ -1,4 +1,4 @@
-"""Feed-forward networks of a diffusion transformer's blocks: (B, N, C) on a grid -> the same. `FEED_FORWARD` has them by name."""
+"""Feed-forward networks of a diffusion transformer's blocks: (B, N, C) on a grid, or a rank's tokens of it, -> the same. `FEED_FORWARD` has them by name."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Callable
 from diffusers.models.transformers.sana_transformer import GLUMBConv
 from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from visionhybrid.mixers.base import Halo
 from visionhybrid.mixers.hyena import CausalFilter
+from visionhybrid.mixers.sharding import Shards
 
 Grid = tuple[int, int]
 
@@ -19,7 +22,7 @@ class FeedForward(Mlp):
     def __init__(self, dim: int, ratio: float, *, tokens: int = 0) -> None:
         super().__init__(dim, int(dim * ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, group: ProcessGroup | None = None) -> Tensor:
         return super().forward(x)
 
 
@@ -29,7 +32,10 @@ class MixFeedForward(GLUMBConv):
     def __init__(self, dim: int, ratio: float, *, tokens: int = 0) -> None:
         super().__init__(dim, dim, ratio, norm_type=None, residual_connection=False)
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, group: ProcessGroup | None = None) -> Tensor:
+        if group is not None:  # this rank's tokens, that see one row more on either side
+            around, own = Shards(group, grid).around(x.unsqueeze(1), Halo(1))
+            return self(around.squeeze(1), (around.shape[2] // grid[1], grid[1]))[:, own]
         image = x.transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
         return super().forward(image).flatten(2).transpose(1, 2)
 
@@ -47,7 +53,11 @@ class HyenaFeedForward(nn.Module):
         self.in_proj, self.out_proj = nn.Linear(dim, 3 * hidden), nn.Linear(hidden, dim)
         self.short_filter = CausalFilter(tokens, 4)
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, group: ProcessGroup | None = None) -> Tensor:
+        if group is not None:
+            raise ValueError(
+                "hyena feed-forward: has filters for all tokens, of which ranks would have a part"
+            )
         if x.shape[1] != self.short_filter.in_channels:
             raise ValueError(
                 f"hyena feed-forward: has filters for {self.short_filter.in_channels} tokens, got {x.shape[1]}"

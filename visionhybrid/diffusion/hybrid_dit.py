@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from visionhybrid import mixers
-from visionhybrid.diffusion.feed_forward import FEED_FORWARD, FeedForward, Grid
+from visionhybrid.diffusion.feed_forward import FEED_FORWARD, Grid
 from visionhybrid.hosts.diffusers.parallel import GATHER, TOKENS, OnCPU, group_of
 from visionhybrid.mixers.sharding import mix
 
@@ -83,7 +83,9 @@ class Block(nn.Module):
             values = condition + self.table
         shift1, scale1, gate1, shift2, scale2, gate2 = values.to(x.dtype).unsqueeze(2).unbind(1)  # (B, 1, C)
         x = torch.addcmul(x, gate1, self.attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), grid, group))
-        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2), grid))
+        return torch.addcmul(
+            x, gate2, self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2), grid, group)
+        )
 
 
 class HybridDiT(OnCPU, ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -220,15 +222,6 @@ class HybridDiT(OnCPU, ModelMixin, ConfigMixin, PeftAdapterMixin):
         x = x.view(batch, *grid, size, size, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         x = x.reshape(batch, self.out_channels, height, width)
         return Transformer2DModelOutput(sample=x) if return_dict else (x,)
-
-    def enable_parallelism(self, *, config: Any, cp_plan: Mapping[str, Any] | None = None) -> None:
-        """Ranks share the tokens of every image from here on, see docs/hosts.md. ValueError: not with these networks."""
-        kinds = {type(block.mlp) for block in self.blocks} - {FeedForward}
-        if kinds:
-            raise ValueError(
-                f"HybridDiT: {kinds.pop().__name__} needs the whole image, of which ranks would have a part; use 'mlp'"
-            )
-        super().enable_parallelism(config=config, cp_plan=cp_plan)
 
     def grid_of(self, size: tuple[int, ...] | None = None) -> Grid:
         """Sides of the token grid for an input of `size`; of `sample_size` by default."""
