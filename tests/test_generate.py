@@ -1,5 +1,6 @@
 """Training of generators: what is predicted, the task, and its failures."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,10 @@ from train_case import outcome
 
 import visionhybrid
 from visionhybrid.diffusion import HybridDiTPipeline
+from visionhybrid.diffusion.new import MODELS
 from visionhybrid.train import find, override, run, validate
 from visionhybrid.train.config import ConfigError, Diffusion
+from visionhybrid.train.generate import Generate
 from visionhybrid.train.noising import noising, squared_error
 
 KINDS = [
@@ -149,7 +152,7 @@ def test_a_judge_says_what_it_sees(tmp_path):
     [
         ("model.name=resnet18", "hybrid_dit"),
         ("model.options.depth=3", "model.options"),
-        ("model.options.out_channels=2", "predicted variance"),
+        ("model.options.out_channels=2", "variance=learned doubles"),
         ("data.num_classes=7", "there are 10 classes"),
         ("model.start=/nowhere", "no HybridDiT"),
     ],
@@ -157,6 +160,49 @@ def test_a_judge_says_what_it_sees(tmp_path):
 def test_what_cannot_be_trained(word, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         run(tiny(word), tmp_path / "run", progress=False)
+
+
+def test_classes_without_images(tmp_path):
+    for name in "abc":
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+    for name in "ac":
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / "train" / name / "x.png")
+    (tmp_path / "map.txt").write_text("a\nb\nc\n")
+    words = ["data.dataset=", f"data.root={tmp_path / 'data'}", "data.held_out=train", "channels=3"]
+    with pytest.raises(ConfigError, match=r"num_classes is 3, but there are 2 classes .*; no image in b"):
+        Generate(tiny(*words, "data.num_classes=3"))
+    with pytest.raises(ConfigError, match="1 of 3 classes have no image to train on, first b"):
+        Generate(tiny(*words, "data.num_classes=3", f"data.class_map={tmp_path / 'map.txt'}"))
+    assert Generate(tiny(*words, "data.num_classes=2")).notes == [
+        "1 folders of classes are left out: no image in b"
+    ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.name=unet", "data.num_classes=0", "model.options.num_class_embeds=null"],
+        ["model.name=unet", "diffusion.predict=epsilon"],
+        ["model.name=dit", "diffusion.predict=v"],
+    ],
+)
+def test_generators_of_diffusers_from_scratch(words, tmp_path):
+    shape = {"dit": dict(num_layers=1, num_attention_heads=2, attention_head_dim=8, patch_size=2)}
+    block = dict(block_out_channels=[8, 8], norm_num_groups=4, layers_per_block=1, attention_head_dim=4)
+    block |= dict(
+        down_block_types=["DownBlock2D", "AttnDownBlock2D"], up_block_types=["AttnUpBlock2D", "UpBlock2D"]
+    )
+    name = words[0].partition("=")[2]
+    options = json.dumps(shape.get(name, block))
+    times = ["diffusion.times=uniform", f"model.options={options}", "loop.steps=2", "sampling.guidance=2"]
+    config = tiny(*times, *words)
+    done = run(config, tmp_path / "run", progress=False)
+    pipe = MODELS[name][1].from_pretrained(done["weights"])
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.num_classes == config.data.num_classes
+    given = [3] if pipe.num_classes else None
+    assert pipe(given, num_inference_steps=2, guidance_scale=2.0).images[0].size == (8, 8)
+    assert validate(tmp_path / "run", config) == pytest.approx(done["metrics"], rel=1e-5)
 
 
 def test_a_step_does_not_depend_on_how_its_batch_is_shared(tmp_path):

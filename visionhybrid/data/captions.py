@@ -37,6 +37,9 @@ class Captioned:
     def peek(self, index: int) -> tuple[str, int] | None:
         return stamp_of(self.folder / self.names[index]), index
 
+    def labels(self) -> Sequence[int]:
+        return range(len(self))
+
     def every(self, count: int, *, others: bool = False) -> Captioned:
         """Every so many-th image, the first one included, or all others."""
         places = [i for i in range(len(self)) if (i % count == 0) != others]

@@ -44,6 +44,10 @@ class Source(Protocol):
         """What changes when the image does, and its label, without reading it; None where that cannot be said."""
         ...
 
+    def labels(self) -> Sequence[int] | None:
+        """Of all images, where they are known without reading them."""
+        ...
+
 
 def stamp_of(path: str | Path, place: int = 0) -> str:
     """A file (an image, or a container that has one at `place`) by name, size and time; "" if it is not there."""
@@ -61,16 +65,19 @@ class Digits:
 
     def __init__(self, split: str) -> None:
         images, labels = samples.digits(split)
-        self.images, self.labels = (images[:, 0] * 255).round().byte().numpy(), labels.tolist()
+        self.images, self._labels = (images[:, 0] * 255).round().byte().numpy(), labels.tolist()
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._labels)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), self.labels[index]
+        return Image.fromarray(self.images[index]), self._labels[index]
 
     def peek(self, index: int) -> None:
         return None
+
+    def labels(self) -> list[int]:
+        return self._labels
 
 
 class TimmSource:
@@ -128,6 +135,10 @@ class TimmSource:
         path, label = samples[index]
         return stamp_of(path), int(label)
 
+    def labels(self) -> list[int] | None:
+        samples = getattr(self.reader, "samples", None)
+        return [int(label) for _, label in samples] if samples and isinstance(samples[0][0], str) else None
+
 
 class Shards:
     """webdataset tar files (`KEY.jpg` beside `KEY.cls`), indexed once, so that every image has a number.
@@ -181,6 +192,9 @@ class Shards:
     def peek(self, index: int) -> tuple[str, int] | None:
         path, _, offset, _, label = self.entries[index]
         return stamp_of(path, offset), label
+
+    def labels(self) -> list[int]:
+        return [label for *_, label in self.entries]
 
 
 def open_source(dataset: str, root: str, split: str, class_map: str = "") -> Source:

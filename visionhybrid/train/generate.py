@@ -116,12 +116,28 @@ class Generate:
             open_source(data.dataset, data.root, split, data.class_map)
             for split in (data.train, data.held_out)
         )
-        if train.classes and data.num_classes not in (0, len(train.classes)):
-            raise ConfigError(
-                f"data.num_classes is {data.num_classes}, but there are {len(train.classes)} classes "
-                f"(0: train without them){_empty_classes(Path(data.root) / data.train, train.classes)}"
-            )
+        self._check_classes(train)
         return train, held_out
+
+    def _check_classes(self, train: Source) -> None:
+        """Raises: ConfigError: another number of classes than the config says, or one that nothing shows."""
+        data, names = self.config.data, train.classes
+        empty = _empty(Path(data.root) / data.train, names) if data.root and names else []
+        without = f"no image in {', '.join(empty[:5])}" if empty else ""
+        if names and data.num_classes not in (0, len(names)):
+            raise ConfigError(
+                f"data.num_classes is {data.num_classes}, but there are {len(names)} classes "
+                f"(0: train without them){without and '; ' + without}"
+            )
+        if without:
+            self.notes.append(f"{len(empty)} folders of classes are left out: {without}")
+        labels = train.labels()
+        if labels is not None and (unseen := set(range(data.num_classes)) - set(labels)):
+            first = min(unseen)
+            raise ConfigError(
+                f"data: {len(unseen)} of {data.num_classes} classes have no image to train on, first "
+                f"{names[first] if names else first}"
+            )
 
     def _images(self, source: Source | Encoded, flip: float) -> Images:
         if isinstance(source, Encoded):
@@ -341,9 +357,9 @@ def _transform(size: int, flip: float) -> Any:
     return transforms.Compose([Cut(size), transforms.RandomHorizontalFlip(flip)])
 
 
-def _empty_classes(folder: Path, known: Sequence[str]) -> str:
-    """What to add to an error where folders of classes have no image."""
+def _empty(folder: Path, known: Sequence[str]) -> list[str]:
+    """Folders of classes in which there is nothing."""
     if not folder.is_dir():
-        return ""
-    empty = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in known)
-    return f"; no image in {', '.join(empty[:5])}" if empty else ""
+        return []
+    unknown = [p for p in folder.iterdir() if p.is_dir() and p.name not in known]
+    return sorted(p.name for p in unknown if not any(file.is_file() for file in p.rglob("*")))
