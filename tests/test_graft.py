@@ -79,20 +79,24 @@ def test_only_the_new_attention_is_trained(teacher):
 
 
 def test_a_budget_chooses_layers(teacher, tmp_path):
-    whole = graft(recipe(teacher, "whole.steps=0"), tmp_path / "all", progress=False)
+    whole = graft(recipe(teacher, "whole.steps=0", "alone.steps=4"), tmp_path / "all", progress=False)
     costs = sorted(layer.output_error for layer in whole.layers)
     budget = (costs[0] + costs[1]) / 2
-    part = graft(recipe(teacher, "whole.steps=1", f"budget={budget}"), tmp_path / "some", progress=False)
+    part = graft(
+        recipe(teacher, "whole.steps=1", "alone.steps=4", f"budget={budget}"),
+        tmp_path / "some",
+        progress=False,
+    )
     kept = [layer for layer in part.layers if layer.kept]
     assert 0 < len(kept) < 3
     model = HybridDiT.from_pretrained(tmp_path / "some" / "whole" / "pipeline" / "transformer")
     assert model.config.mixer.count("linfusion") == len(kept)
     with pytest.raises(ConfigError, match="less than any layer costs"):
-        graft(recipe(teacher, "budget=1e-12"), tmp_path / "none", progress=False)
+        graft(recipe(teacher, "budget=1e-12", "alone.steps=1"), tmp_path / "none", progress=False)
 
 
 def test_the_command_continues_and_reports(teacher, tmp_path):
-    config = recipe(teacher, "whole.steps=1", "tune.steps=1")
+    config = recipe(teacher, "alone.steps=1", "whole.steps=1", "tune.steps=1")
     from visionhybrid.train.config import to_json
 
     (tmp_path / "graft.json").write_text(to_json(config))

@@ -17,16 +17,20 @@ MODELS: dict[str, tuple[type[Any], type[Any]]] = {
 }
 
 
-def create(name: str, *, side: int, channels: int, classes: int, **options: Any) -> Any:
+def create(
+    name: str, *, side: int, channels: int, classes: int, variance: bool = False, **options: Any
+) -> Any:
     """An untrained model.
 
     Args:
-        side, channels: of what it is trained on. classes: 0: unconditional. options: further keywords of its class.
+        side, channels: of what it is trained on. classes: 0: unconditional. variance: it gives one besides, in
+            as many channels again. options: further keywords of its class.
     Raises: ValueError, TypeError: options that make no model, or one for other data.
     """
-    given: dict[str, Any] = {"sample_size": side, "in_channels": channels}
+    made = channels * (1 + variance)
+    given: dict[str, Any] = {"sample_size": side, "in_channels": channels, "out_channels": made}
     if name == "unet":
-        given |= {"out_channels": channels, "num_class_embeds": classes + 1 if classes else None}
+        given |= {"num_class_embeds": classes + 1 if classes else None}
     elif name == "dit":
         if not classes:
             raise ValueError("'dit' needs classes (data.num_classes)")
@@ -35,10 +39,10 @@ def create(name: str, *, side: int, channels: int, classes: int, **options: Any)
         given |= {"num_classes": classes}
     model = MODELS[name][0](**{**given, **options})
     has = model.config
-    if (has.in_channels, has.out_channels or has.in_channels) != (channels, channels):
+    if (has.in_channels, has.out_channels or has.in_channels) != (channels, made):
         raise ValueError(
-            f"in_channels and out_channels are those of the data, {channels}, got {has.in_channels} and "
-            f"{has.out_channels}: a predicted variance cannot be trained here"
+            f"in_channels and out_channels are those of the data, {channels} and {made}, got {has.in_channels} and "
+            f"{has.out_channels} (diffusion.variance=learned doubles the second)"
         )
     if isinstance(model, DiTTransformer2DModel):
         for module in model.modules():  # classes are dropped with the image, not in the model

@@ -66,7 +66,13 @@ class NewModel:
 
     def _create(self) -> nn.Module:
         (channels, side, _), model = self.shape, self.config.model
-        given = {"side": side, "channels": channels, "classes": self.config.data.num_classes}
+        learned = self.config.diffusion.variance == "learned"
+        given = {
+            "side": side,
+            "channels": channels,
+            "classes": self.config.data.num_classes,
+            "variance": learned,
+        }
         try:
             return create(model.name, **given, **model.options)
         except (TypeError, ValueError, NotImplementedError) as error:

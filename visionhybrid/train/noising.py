@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from visionhybrid.train.config import ConfigError, Diffusion
+from visionhybrid.train.variance import Bound
 
 TIMES = 1000
 
 
 class Noising(Protocol):
-    """x and noise: (B, ...); times: float32 (B,)."""
+    """x and noise: (B, ...); times: float32 (B,). `bound`: what teaches a variance, if the model gives one."""
+
+    bound: Bound | None
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Times of training."""
@@ -85,7 +88,11 @@ def _of_scheduler(config: Diffusion, scheduler: Any) -> Noising:
 
 
 class Flow:
+    bound = None
+
     def __init__(self, config: Diffusion) -> None:
+        if config.variance != "fixed":
+            raise ConfigError("diffusion.variance: flow has none to learn")
         if config.min_snr is not None:
             raise ConfigError("diffusion.min_snr: belongs to predict=epsilon or v, not to flow")
         if config.shift <= 0:
@@ -127,6 +134,8 @@ class Markov:
     def __init__(self, config: Diffusion, ddim: Any = None) -> None:
         if config.times != "uniform" or config.shift != 1:
             raise ConfigError(f"diffusion: times and shift belong to predict=flow, not to {config.predict}")
+        if config.variance == "learned" and config.predict != "epsilon":
+            raise ConfigError("diffusion.variance: 'learned' belongs to predict=epsilon")
         from diffusers import DDIMScheduler
 
         self.config = config
@@ -139,6 +148,7 @@ class Markov:
             clip_sample=False,
             set_alpha_to_one=False,
         )
+        self.bound = Bound(self.ddim.alphas_cumprod) if config.variance == "learned" else None
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.randint(self.ddim.config.num_train_timesteps, (count,), generator=generator).float()

@@ -133,6 +133,8 @@ class Diffusion:
     shift: float = 1.0  # flow: above 1 more noise, in training and when sampling
     betas: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"  # epsilon, v
     beta_range: tuple[float, ...] = (1e-4, 0.02)
+    # epsilon: "learned": the model gives a variance besides, in as many channels again, and learns it by the bound (DiT)
+    variance: Literal["fixed", "learned"] = "fixed"
     min_snr: float | None = None  # epsilon, v: gamma of min-SNR weighting; 5 in its paper
     drop_label: float = 0.1  # share of images trained without their class or caption, which guidance needs
 
