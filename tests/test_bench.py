@@ -328,12 +328,16 @@ def test_run_writes_record_plot_and_page(
 ) -> None:
     toy = case(runner("peer", fill(1)), runner("visionhybrid", fill(1)))
     monkeypatch.setattr(models, "cases", lambda *, quick, only: [toy])
+    linear = a2mamba.over_sizes((32, 64), 1)
+    monkeypatch.setattr(models, "series", lambda *, quick, only: [linear])
     threads = torch.get_num_threads()
     try:
         data = __main__.run("models", quick=True, rounds=2, out=tmp_path, threads=1, progress=False)
     finally:
         torch.set_num_threads(threads)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["models.json", "models.md", "models.png"]
+    written = ["models.json", "models.md", "models.png", "models_a2mamba_by_stage.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
+    assert f"### {linear.table['title']}" in (tmp_path / "models.md").read_text()
     assert json.loads((tmp_path / "models.json").read_text()) == data
     assert data["machine"]["threads"] == 1
     assert [len(row["seconds"]) for row in data["cases"][0]["runners"]] == [2, 2]
@@ -386,10 +390,15 @@ def test_models_suite_has_the_promised_targets(only: str) -> None:
 
 
 def test_a2mamba_by_stage_and_size(tmp_path: Path) -> None:
-    found = a2mamba.plot(str(tmp_path / "sizes.png"), (32, 64))
+    found = a2mamba.by_stage((32, 64), 1)
     assert list(found) == [32, 64]
     assert all(len(seconds) == 4 and min(seconds) > 0 for seconds in found.values())
+    grown = {side: [side**2.0, 5.0, side**3.0, side**4.0] for side in (224, 512, 1024)}
+    assert a2mamba.exponents(grown) == pytest.approx([1, 0, 1.5, 2])
+    assert a2mamba.by_stage_table(grown)["rows"][-1] == ["power", "1.00", "0.00", "1.50", "2.00"]
+    a2mamba.plot(found, tmp_path / "sizes.png")
     assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
+    assert models.series(only="hat") == []
 
 
 def test_a2mamba_definitions_are_the_model() -> None:

@@ -80,7 +80,10 @@ def run(
                 bar.update(task, description=f"{name}: {text}", completed=i + done)
 
             results.append(measure(case, device=place, peaks=peaks, report=say))
-        bar.update(task, description="done", completed=len(cases))
+        series = getattr(module, "series", None) if place.type == "cpu" else None
+        bar.update(task, description="over ranges", completed=len(cases))
+        ranges = series(quick=quick, only=only) if series else []
+        bar.update(task, description="done")
     words = " ".join(sys.argv[1:]) if Path(sys.argv[0]).parent.name == "bench" else suite
     data = report.record(
         suite,
@@ -92,6 +95,7 @@ def run(
         not_measured=[f"{case.title} (a CUDA device: --device cuda)" for case in elsewhere(only=only)]
         if elsewhere and build is not elsewhere
         else (),
+        tables=[each.table for each in ranges],
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -99,6 +103,8 @@ def run(
         write_text(out / f"{suite}.md", report.page([data]))
         report.plot(data, out / f"{suite}.png")
         report.plot_lengths(data, out / f"{suite}_length.png")
+        for each in ranges:
+            each.draw(out / f"{suite}_{each.name}.png")
     return data
 
 

@@ -1,17 +1,24 @@
 """`vh_a2mamba_tiny` beside its own arithmetic done the plain way, beside timm's CAFormer-S18, and over image sizes.
 
-`python -m visionhybrid.bench models --only a2mamba` runs the cases, `python -m visionhybrid.bench.a2mamba FILE.png` times each
-stage from 224 to 1024 pixels and plots it. The targets were stated before anything was measured.
+`python -m visionhybrid.bench models --only a2mamba` runs the cases, then times each stage from 224 to 1024 pixels and plots it. The
+targets were stated before anything was measured.
+
+In the definition every pixel of a stage sees K x K keys in each branch, however far apart they lie, so stages 1 to 3 take time in
+proportion to pixels at every size; stage 4 attends to all pixels. Tiles of queries read more keys than one query sees: in the near
+branch about (17 / 11)^2 times as many in the first stage, at every size. In its far branch up to 484 pixels none too many, since K
+keys at the map's own distance, side // K, are all that queries of a tile can see; with larger maps the distance stays at K and
+tiles read up to (16 / 11)^2 times as many. Hence a step of the first stage there, between two ranges of proportional growth.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import statistics
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visionhybrid.bench.harness import Case, Runner, Target
+from visionhybrid.bench import report
+from visionhybrid.bench.harness import Case, Runner, Series, Target, peer
 from visionhybrid.kernels.neighborhood_attention import plain
 from visionhybrid.models.a2mamba import mixer
 
@@ -130,49 +138,70 @@ def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *, delta_bias: Tensor,
 
 def _caformer(batch: int, size: int, device: torch.device) -> list[Runner]:
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device)
-    peer = timm.create_model("caformer_s18").eval().to(device)
+    other = timm.create_model("caformer_s18").eval().to(device)
     # Other weights, other outputs: nothing to compare.
     free = float("inf")
-    return [_runner("caformer_s18", peer, x, free), *_ours(_model().to(device), x, free, free)]
+    return [_runner("caformer_s18", other, x, free), *_ours(_model().to(device), x, free, free)]
 
 
 # ---- over image sizes
 
 
-def by_stage(model: nn.Module, side: int, rounds: int = 3) -> list[float]:
-    """Seconds of each of the four stages for one image, median of `rounds`."""
-    x, times = torch.randn(1, 3, side, side), []
+def by_stage(sides: Sequence[int] = SIDES, rounds: int = 5) -> dict[int, list[float]]:
+    """Seconds of each of the four stages for one image of each side: medians of `rounds` that take turns."""
+    model: Any = _model().deploy()  # pyright: ignore[reportCallIssue]
+    taken: dict[int, list[list[float]]] = {side: [] for side in sides}
     with torch.inference_mode():
         for turn in range(rounds + 1):
-            y, row = model.stem(x), []  # pyright: ignore[reportCallIssue]
-            for stage in model.stages:  # pyright: ignore[reportGeneralTypeIssues]
-                start = time.perf_counter()
-                y = stage(y)
-                row.append(time.perf_counter() - start)
-            if turn:
-                times.append(row)
-    return [statistics.median(stage) for stage in zip(*times, strict=True)]
+            for side in sides:
+                y, row = model.stem(torch.randn(1, 3, side, side)), []
+                for stage in model.stages:
+                    start = time.perf_counter()
+                    y = stage(y)
+                    row.append(time.perf_counter() - start)
+                if turn:  # the first builds tables
+                    taken[side].append(row)
+    return {side: [statistics.median(s) for s in zip(*rows, strict=True)] for side, rows in taken.items()}
 
 
-def plot(path: str, sides: Sequence[int] = SIDES) -> dict[int, list[float]]:
-    """Time of each stage against the number of pixels, both logarithmic, with a line for proportional growth."""
-    import matplotlib.pyplot as plt
+def exponents(found: Mapping[int, Sequence[float]]) -> list[float]:
+    """Of each stage, the power of the number of pixels that its time grows with (least squares of the logarithms); linear is 1."""
+    pixels = [2 * math.log(side) for side in found]
+    stages = zip(*found.values(), strict=True)
+    return [statistics.linear_regression(pixels, [math.log(s) for s in stage]).slope for stage in stages]
 
-    model = _model().deploy()  # pyright: ignore[reportCallIssue]
-    found = {side: by_stage(model, side) for side in sides}
-    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
-    pixels = [side**2 for side in sides]
-    for i in range(4):
-        seconds = [found[side][i] for side in sides]
-        (line,) = axes.loglog(pixels, seconds, "o-", label=f"stage {i + 1}")
+
+def over_sizes(sides: Sequence[int] = SIDES, rounds: int = 5) -> Series:
+    found = by_stage(sides, rounds)
+    return Series(name="a2mamba_by_stage", table=by_stage_table(found), draw=partial(plot, found))
+
+
+def by_stage_table(found: Mapping[int, Sequence[float]]) -> dict[str, Any]:
+    """`by_stage` in words."""
+    rows = [[f"{side} x {side}", *map(report.seconds, row)] for side, row in found.items()]
+    return {
+        "title": "vh_a2mamba_tiny deployed, one image: time by stage, which grows with pixels to the power of the last row",
+        "columns": ["image", *(f"stage {i + 1}" for i in range(4))],
+        "rows": [*rows, ["power", *(f"{power:.2f}" for power in exponents(found))]],
+    }
+
+
+def plot(found: Mapping[int, Sequence[float]], path: Path) -> None:
+    """Time of each stage against the number of pixels, both logarithmic, beside a line of proportional growth for each."""
+    peer("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    pixels = [side**2 for side in found]
+    for i, power in enumerate(exponents(found)):
+        seconds = [row[i] for row in found.values()]
+        (line,) = axes.loglog(pixels, seconds, "o-", label=f"stage {i + 1}: pixels to the {power:.2f}")
         axes.loglog(pixels, [seconds[0] * p / pixels[0] for p in pixels], ":", color=line.get_color())
-    axes.set(xlabel="pixels (dotted: in proportion to them)", ylabel="seconds", title="vh_a2mamba_tiny, CPU")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    return found
-
-
-if __name__ == "__main__":
-    for side, seconds in plot(sys.argv[1]).items():
-        shown = "  ".join(f"{1e3 * s:7.1f}" for s in seconds)
-        sys.stdout.write(f"{side:5d}  {shown}  ms\n")
+    axes.set(xlabel="pixels (dotted: in proportion to them)", ylabel="seconds")
+    axes.set_title("vh_a2mamba_tiny, one image, time by stage", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    report.save(figure, path)

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -67,6 +68,15 @@ class Case:
     judged: bool = True
     family: str = ""
     length: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """Figures of our own over some range, beside no peer: a table (`title`, `columns`, `rows` of text) and a picture."""
+
+    name: str
+    table: dict[str, Any]
+    draw: Callable[[Path], None]
 
 
 @dataclass(kw_only=True)

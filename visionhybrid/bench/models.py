@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import visionhybrid
 from visionhybrid.bench import a2mamba
-from visionhybrid.bench.harness import Case, Runner, Target, peer
+from visionhybrid.bench.harness import Case, Runner, Series, Target, peer
 
 SYSTEMS = ("hat", "nextvit", "a2mamba")
 # Eight bits of mantissa through a whole network, against float32.
@@ -84,6 +84,13 @@ def cases(*, quick: bool = False, only: str | None = None) -> list[Case]:
         "a2mamba": a2mamba.cases(batch, size, judged=not quick, rounds=2 if quick else 7),
     }
     return [case for name in SYSTEMS if only in (None, name) for case in suite[name]]
+
+
+def series(*, quick: bool = False, only: str | None = None) -> list[Series]:
+    """What is measured on a CPU besides the cases."""
+    if only not in (None, "a2mamba"):
+        return []
+    return [a2mamba.over_sizes((64, 96), 1) if quick else a2mamba.over_sizes()]
 
 
 def _no_worse(runner: str) -> tuple[Target, ...]:

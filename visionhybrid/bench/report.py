@@ -32,10 +32,12 @@ def record(
     quick: bool,
     peaks: Peaks | None,
     not_measured: Sequence[str] = (),
+    tables: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """All that was measured, raw samples included, with where (`facts`, taken before the run) and by what.
 
-    `not_measured`: what the suite promises on another device than this.
+    `not_measured`: what the suite promises on another device than this. `tables`: what is no comparison with a peer, each with
+    `title`, `columns` and `rows` of text.
     """
     return {
         "suite": suite,
@@ -58,6 +60,7 @@ def record(
             for result in results
         ],
         "not_measured": list(not_measured),
+        "tables": [dict(table) for table in tables],
     }
 
 
@@ -82,8 +85,9 @@ def tables(data: Record) -> Group:
     if _busy(data):
         head.append(Text(_busy(data), style="yellow"))
     foot = [Text(f"not measured: {what}", style="dim") for what in data.get("not_measured", ())]
-    lengths = [_lengths_table(family, cases) for family, cases in families(data).items()]
-    return Group(*head, *map(_table, data["cases"]), *lengths, *foot)
+    plain = [_plain_table(family, *_lengths(cases)) for family, cases in families(data).items()]
+    plain += [_plain_table(each["title"], each["columns"], each["rows"]) for each in data.get("tables", ())]
+    return Group(*head, *map(_table, data["cases"]), *plain, *foot)
 
 
 def families(data: Record) -> dict[str, list[Record]]:
@@ -109,11 +113,10 @@ def _lengths(cases: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     return ["length", *names], rows
 
 
-def _lengths_table(family: str, cases: Sequence[Record]) -> Table:
+def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     view = Table(
-        title=f"\n{family}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+        title=f"\n{title}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
     )
-    columns, rows = _lengths(cases)
     for column in columns:
         view.add_column(column, justify="right")
     for row in rows:
@@ -223,7 +226,7 @@ def plot(data: Record, path: Path) -> Path:
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
     figure.axes[0].invert_yaxis()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_lengths(data: Record, path: Path) -> Path | None:
@@ -256,10 +259,10 @@ def plot_lengths(data: Record, path: Path) -> Path | None:
             axis.set_ylabel("seconds" if what == "time" else "peak MiB")
             axis.grid(alpha=0.3)
         pair[0].legend(fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
     """Written aside, then renamed."""
     aside = path.with_name(f".{path.name}")
     figure.savefig(aside, dpi=130, format="png")
@@ -306,14 +309,19 @@ def _suite(data: Record) -> Iterator[str]:
     for case in data["cases"]:
         yield from _case(case)
     for family, cases in families(data).items():
-        columns, rows = _lengths(cases)
-        yield from ("", f"### {family}: time and peak memory against length", "")
-        yield f"| {' | '.join(columns)} |"
-        yield f"|{'---|' * len(columns)}"
-        yield from (f"| {' | '.join(row)} |" for row in rows)
+        yield from _plain(f"{family}: time and peak memory against length", *_lengths(cases))
+    for each in data.get("tables", ()):
+        yield from _plain(each["title"], each["columns"], each["rows"])
     if data.get("not_measured"):
         yield from ("", "### Not measured", "")
         yield from (f"- {what}" for what in data["not_measured"])
+
+
+def _plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield from ("", f"### {title}", "")
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{'---|' * len(columns)}"
+    yield from (f"| {' | '.join(row)} |" for row in rows)
 
 
 def _case(case: Record) -> Iterator[str]:
