@@ -107,7 +107,7 @@ def learn_generation(out: Path, *, seed: int = 0, quick: bool = False, progress:
         teacher=teacher,
         students=students,
         real=judge.real(),
-        seen=len(judge.digits),
+        seen=len(digits("train")[0]),
         steps=config.sampling.steps,
         guidance=config.sampling.guidance,
         costs=_costs(nets, quick),

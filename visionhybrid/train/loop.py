@@ -83,6 +83,8 @@ class Trainer:
         )
         self.parts = self._build()
         self.main = self.parts[0]
+        # whether no process holds all weights (FSDP); asked now, since after a forward pass they may be whole for a while
+        self.sharded = any(hasattr(p, "full_tensor") for p in self.main.bare.parameters())
         self.ema = (
             Ema(self.main.bare, loop.ema_decay, loop.ema_warmup) if loop.ema_decay is not None else None
         )
@@ -315,11 +317,6 @@ class Trainer:
         """Pass on what the task has to say."""
         while self.task.notes:
             self.log.note(self.step, self.task.notes.pop(0))
-
-    @property
-    def sharded(self) -> bool:
-        """Whether no process holds all weights (FSDP)."""
-        return any(hasattr(p, "full_tensor") for p in self.main.bare.parameters())
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
