@@ -68,9 +68,9 @@ def test_ladder_says_what_is_wrong(options, message):
         ladder(**{**dict(height=2048, width=1024, native=512), **options})
 
 
-@pytest.mark.parametrize("build", [tiny.sd15, tiny.sdxl, tiny_transformers.flux])
+@pytest.mark.parametrize("build", [tiny.sd15, tiny.sdxl, tiny_transformers.sd3, tiny_transformers.flux])
 def test_pipelines_reach_the_size(build):
-    call = dict(max_sequence_length=32) if build is tiny_transformers.flux else {}
+    call = dict(max_sequence_length=32) if build.__module__ == "tiny_transformers" else {}
     native = dict(stages=3)
     pipe = build()
     images = generate(pipe, **native, **call)

@@ -12,6 +12,7 @@ from test_hybrid_dit import TINY
 
 import visionhybrid
 from visionhybrid.diffusion import HybridDiT
+from visionhybrid.diffusion.highres import HighResolution
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
@@ -85,6 +86,14 @@ def gradients(model, inputs):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def enlarged(pipe):
+    call = dict(height=64, width=32, stages=2, num_inference_steps=3, max_sequence_length=32)
+    prompts = ["a cat", "a dog"]
+    return HighResolution(pipe)(
+        prompts, generator=torch.Generator().manual_seed(0), output_type="pt", **call
+    ).images
+
+
 def share(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -105,6 +114,11 @@ def share(rank, folder):
         denoiser = pipe.unet if name == "sd15" else pipe.transformer
         denoiser.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
         torch.testing.assert_close(tiny_pipelines.draw(pipe), expected, rtol=0, atol=1e-5)
+    pipe = tiny_transformers.flux()
+    visionhybrid.attach(pipe, "clear", radius=3)
+    expected = enlarged(pipe)
+    pipe.transformer.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
+    torch.testing.assert_close(enlarged(pipe), expected, rtol=0, atol=1e-5)
     others(rank)
     torch.distributed.barrier()
     time.sleep(0.5)

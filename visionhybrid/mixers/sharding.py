@@ -123,8 +123,8 @@ class Shards:
 
     def text_rows(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """What this rank's text queries get of all keys by softmax: each rank sums up its own keys for all of them."""
-        queries = self.text(q) * (q.shape[3] ** -0.5 if scale is None else scale)
-        logits = wide(queries @ k.mT)
+        queries = wide(self.text(q)) * (q.shape[3] ** -0.5 if scale is None else scale)
+        logits = queries @ wide(k).mT
         top = logits.detach().amax(-1, keepdim=True)
         distributed.all_reduce(top, distributed.ReduceOp.MAX, self.group)
         weights = (logits - top).exp()
