@@ -18,8 +18,8 @@ pytestmark = pytest.mark.filterwarnings(
     # diffusers' schedulers on numpy 2
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
-PIPELINES = ["flux", "sd3", "wan"]
-MODELS = [*PIPELINES, "sana", "cogvideox", "hunyuan_video"]
+PIPELINES = ["flux", "sd3", "wan", "cogvideox"]
+MODELS = [*PIPELINES, "sana", "hunyuan_video"]
 # mixers of every sort (none, text, grid, hidden states), such that softmax attention is something else
 MIXERS = {
     "clear": dict(radius=1.5, down=2),

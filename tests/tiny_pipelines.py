@@ -236,10 +236,15 @@ def draw(pipeline, *, size=(32, 32), seed=0, **call):
         call = {"prompt": "a cat", "height": size[0], "width": size[1], **call}
     if type(pipeline).__name__.startswith("PixArt"):
         call = {"use_resolution_binning": False, "clean_caption": False, **call}
-    if type(pipeline).__name__ in ("FluxPipeline", "StableDiffusion3Pipeline", "WanPipeline"):
+    if type(pipeline).__name__ in (
+        "FluxPipeline",
+        "StableDiffusion3Pipeline",
+        "WanPipeline",
+        "CogVideoXPipeline",
+    ):
         call = {"max_sequence_length": 32, **call}
-    if type(pipeline).__name__ == "WanPipeline":
-        call = {"num_frames": 5, **call}
+    frames = {"WanPipeline": 5, "CogVideoXPipeline": 9}.get(type(pipeline).__name__)
+    call = call if frames is None else {"num_frames": frames, **call}
     noise = torch.Generator().manual_seed(seed)
     output = pipeline(generator=noise, output_type="np", **call)
     return torch.from_numpy(output.images if hasattr(output, "images") else output.frames)

@@ -116,8 +116,13 @@ def hunyuan_video(**config):
 
 
 def cogvideox(**config):
-    """CogVideoX's transformer, two blocks."""
-    from diffusers import CogVideoXTransformer3DModel
+    """Two blocks; rotary on the video, as in the larger models."""
+    from diffusers import (
+        AutoencoderKLCogVideoX,
+        CogVideoXDDIMScheduler,
+        CogVideoXPipeline,
+        CogVideoXTransformer3DModel,
+    )
 
     defaults = dict(
         num_attention_heads=2,
@@ -131,10 +136,27 @@ def cogvideox(**config):
         sample_height=16,
         sample_frames=9,
         patch_size=2,
-        max_text_seq_length=7,
+        max_text_seq_length=32,
         use_rotary_positional_embeddings=True,
     )
-    return _seeded(CogVideoXTransformer3DModel, **{**defaults, **config})
+    autoencoder = _seeded(
+        AutoencoderKLCogVideoX,
+        down_block_types=["CogVideoXDownBlock3D"] * 4,
+        up_block_types=["CogVideoXUpBlock3D"] * 4,
+        block_out_channels=[8] * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    return _quiet(
+        CogVideoXPipeline(
+            transformer=_seeded(CogVideoXTransformer3DModel, **{**defaults, **config}),
+            vae=autoencoder,
+            scheduler=CogVideoXDDIMScheduler(),
+            text_encoder=t5_encoder(),
+            tokenizer=t5_tokenizer(),
+        )
+    )
 
 
 def wan(**config):
