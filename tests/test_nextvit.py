@@ -377,3 +377,14 @@ def test_extra_norms_stand_in_the_main_path():
     model.stages[1].register_forward_pre_hook(lambda module, args: seen.update(next=args[0]))
     taps = model.forward_intermediates(torch.randn(1, 3, 64, 64), intermediates_only=True)
     assert seen["out"] is seen["next"] is taps[0]
+
+
+def test_attention_keeps_no_weights_for_the_backward_pass():
+    """Its maps of queries by keys are the largest thing attention could keep."""
+    attention = EMHSA(64, sr_ratio=2)
+    x = torch.randn(2, 64, 96).transpose(1, 2)  # as a map's tokens lie in memory
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        attention(x)
+    assert kept
+    assert not any(tuple(shape[-2:]) == (96, 24) for shape in kept)

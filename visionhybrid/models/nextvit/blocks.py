@@ -195,7 +195,8 @@ class EMHSA(nn.Module):
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, N, head_dim)
+        # Only with a head's channels side by side is the attention fused, which keeps no weights for the backward pass.
+        return x.contiguous().unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, N, head_dim)
 
 
 class NTB(nn.Module):
