@@ -69,6 +69,36 @@ def test_a_direction_for_each_group(backend):
     torch.testing.assert_close(mixed[:, 3:], backward[:, 3:])
 
 
+@pytest.mark.parametrize("name", [name for name in list_cases() if name.startswith("segman_ss2d_")])
+def test_four_scans_of_a_map_in_one_call(name):
+    """SegMAN's cross-scan: rows, columns, and both from the end. Values and every gradient."""
+    case = load_case(name)
+    weights = {key: value.requires_grad_() for key, value in case.state_dict().items()}
+    x = case.input("x").requires_grad_()
+    rank = weights["dt_projs_weight"].shape[2]
+    walks = torch.stack([x.flatten(2), x.mT.flatten(2)] * 2, 1)  # (B, 4, C, L)
+    parts = torch.einsum("bgcl,gdc->bgdl", walks, weights["x_proj_weight"].view(4, rank + 2, -1))
+    delta, B, C = parts.split([rank, 1, 1], 2)
+    y = selective_scan(
+        walks.flatten(1, 2),
+        torch.einsum("bgrl,gcr->bgcl", delta, weights["dt_projs_weight"]).flatten(1, 2),
+        -weights["A_logs"].exp(),
+        B,
+        C,
+        weights["Ds"],
+        delta_bias=weights["dt_projs_bias"].flatten(),
+        delta_softplus=True,
+        reverse=[False, False, True, True],
+    ).view_as(walks)
+    rows, columns = y[:, 0] + y[:, 2], y[:, 1] + y[:, 3]
+    y = rows + columns.unflatten(2, x.mT.shape[2:]).mT.flatten(2)
+    case.check("y", y)
+    y.backward(case.input("g"))
+    case.check("dx", x.grad)
+    for key, value in weights.items():
+        case.check(f"d:{key}", value.grad)
+
+
 def test_one_group_may_be_left_out_of_the_shape():
     given = problem(groups=1)
     short = given | dict(B=given["B"][:, 0], C=given["C"][:, 0])
