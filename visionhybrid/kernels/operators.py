@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+# What the bodies of a family take and return, by the family's name.
+_SCHEMAS: dict[str, str] = {}
 
-def register(name: str, body: Callable[..., Any]) -> Any:
-    """`body` as the operator `visionhybrid::name`; its first argument is a tensor. Annotations give the schema."""
+
+def register(name: str, body: Callable[..., Any], family: str | None = None) -> Any:
+    """`body` as the operator `visionhybrid::name`; its first argument is a tensor. Annotations give the schema.
+
+    `family`: several bodies of one schema, that of the first, whose annotations the others need not repeat.
+    """
 
     @wraps(body)
     def without_autocast(*args: Any) -> Any:
@@ -20,7 +26,8 @@ def register(name: str, body: Callable[..., Any]) -> Any:
         with torch.autocast(args[0].device.type, enabled=False), torch.cuda.device_of(args[0]):
             return body(*args)
 
-    schema = torch.library.infer_schema(body, mutates_args=())
+    schema = _SCHEMAS.get(family or name) or torch.library.infer_schema(body, mutates_args=())
+    _SCHEMAS[family or name] = schema
     return torch.library.custom_op(f"visionhybrid::{name}", without_autocast, mutates_args=(), schema=schema)
 
 

@@ -44,7 +44,8 @@ def define(
 
 
 def _attention(name: str, body: Callable[..., Any], backward: Callable[..., Any]) -> Any:
-    op, backward_op = register(name, body), register(f"{name}_backward", backward)
+    op = register(name, body, "neighborhood_attention")
+    backward_op = register(f"{name}_backward", backward, "neighborhood_attention_backward")
 
     @op.register_fake
     def _(q, k, v, rpb, k_extra, v_extra, kernel_size, dilation, stride, causal, scale):
@@ -77,7 +78,8 @@ def _attention(name: str, body: Callable[..., Any], backward: Callable[..., Any]
 
 
 def _scores(name: str, body: Callable[..., Any], backward: Callable[..., Any]) -> Any:
-    op, backward_op = register(name, body), register(f"{name}_backward", backward)
+    op = register(name, body, "neighborhood_scores")
+    backward_op = register(f"{name}_backward", backward, "neighborhood_scores_backward")
 
     @op.register_fake
     def _(q, k, rpb, kernel_size, dilation, scale):
@@ -102,7 +104,8 @@ def _scores(name: str, body: Callable[..., Any], backward: Callable[..., Any]) -
 
 
 def _aggregate(name: str, body: Callable[..., Any], backward: Callable[..., Any]) -> Any:
-    op, backward_op = register(name, body), register(f"{name}_backward", backward)
+    op = register(name, body, "neighborhood_aggregate")
+    backward_op = register(f"{name}_backward", backward, "neighborhood_aggregate_backward")
 
     @op.register_fake
     def _(weights, v, kernel_size, dilation):

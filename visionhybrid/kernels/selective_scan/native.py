@@ -6,7 +6,6 @@ Compiled when first called (`kernels/compiler.py`); taken on request, or by "aut
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,17 +17,8 @@ from visionhybrid.kernels.selective_scan import eager, ops
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: Sequence[bool],
-) -> Tensor:
+def scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse):
+    """As in `eager.py`."""
     out = ops.result(u, A, C)
     operands = [None if x is None else x.float().contiguous() for x in (u, delta, A, B, C, D, delta_bias)]
     written = out if out.dtype == torch.float32 else out.new_empty(out.shape, dtype=torch.float32)

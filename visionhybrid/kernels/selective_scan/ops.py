@@ -26,8 +26,8 @@ def result(u: Tensor, A: Tensor, C: Tensor | None) -> Tensor:
 
 def define(backend: str, scan: Callable, scan_backward: Callable) -> Operators:
     """Registers the two functions of a backend; their signatures are those of `eager.py`."""
-    scan_op = register(f"selective_scan_{backend}", scan)
-    backward_op = register(f"selective_scan_{backend}_backward", scan_backward)
+    scan_op = register(f"selective_scan_{backend}", scan, "selective_scan")
+    backward_op = register(f"selective_scan_{backend}_backward", scan_backward, "selective_scan_backward")
 
     @scan_op.register_fake
     def _(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse):

@@ -248,17 +248,8 @@ def _packed(*tensors: Tensor | None) -> list[Tensor | None]:
     return [x if x is None else x.contiguous() for x in tensors]
 
 
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: Sequence[bool],
-) -> Tensor:
+def scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse):
+    """As in `eager.py`."""
     out = ops.result(u, A, C)
     if u.shape[0]:
         A, D, delta_bias = _packed(A, D, delta_bias)
@@ -266,18 +257,7 @@ def scan(
     return out
 
 
-def scan_backward(
-    grad: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def scan_backward(grad, u, delta, A, B, C, D, delta_bias, delta_softplus, reverse):
     batch, channels, length = u.shape
     groups, N = B.shape[1:3]
     parts = _grid(u, B)[0]

@@ -20,8 +20,10 @@ from visionhybrid.kernels.sparse_linear_attention.blocks import lookup
 
 def define(backend: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
     """Registers the sparse branch of a backend; the signatures are those of `gathered.py`."""
-    op = register(f"block_sparse_attention_{backend}", forward)
-    backward_op = register(f"block_sparse_attention_{backend}_backward", backward)
+    op = register(f"block_sparse_attention_{backend}", forward, "block_sparse_attention")
+    backward_op = register(
+        f"block_sparse_attention_{backend}_backward", backward, "block_sparse_attention_backward"
+    )
 
     @op.register_fake
     def _(q, k, v, lut, mask, block_q, block_k, scale):

@@ -281,35 +281,16 @@ def _launch(
     )  # fmt: skip
 
 
-def sparse_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lut: Tensor,
-    mask: Tensor | None,
-    block_q: int,
-    block_k: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def sparse_forward(q, k, v, lut, mask, block_q, block_k, scale):
+    """As `gathered.forward`."""
     out = v.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     _launch("fwd", (q, k, v), lut, mask, (out, lse), block_q, block_k, scale)
     return out, lse
 
 
-def sparse_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lut: Tensor,
-    mask: Tensor | None,
-    block_q: int,
-    block_k: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def sparse_backward(grad, q, k, v, out, lse, lut, mask, block_q, block_k, scale):
+    """As `gathered.backward`."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     grad, delta = grad.contiguous(), (grad.float() * out.float()).sum(-1)
     # A query that sees nothing: its scores are all -inf, and its probabilities stay zero.

@@ -1,12 +1,11 @@
 """Neighbourhood attention on a GPU: the whole operator (`fused.py`) and its two halves (`halves.py`), with their gradients.
 
 No program adds into what another writes; the backward of the whole operator recomputes the weights, so that nothing of the
-size of the windows lies in memory. Sums are kept in float32.
+size of the windows lies in memory. Sums are kept in float32. The six operators are annotated in `eager.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -23,19 +22,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 WIDEST = 128
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpb: Tensor | None,
-    k_extra: Tensor | None,
-    v_extra: Tensor | None,
-    kernel_size: Sequence[int],
-    dilation: Sequence[int],
-    stride: Sequence[int],
-    causal: Sequence[int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def attention(q, k, v, rpb, k_extra, v_extra, kernel_size, dilation, stride, causal, scale):
     """Output and natural log-sum-exp of the scores (B, heads, *axes) in float32; without extra keys."""
     call = Call(q, rpb, kernel_size, dilation, stride, causal)
     out, lse = packed(v), q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -47,22 +34,8 @@ def attention(
 
 
 def attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpb: Tensor | None,
-    k_extra: Tensor | None,
-    v_extra: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    rpb_learns: bool,
-    kernel_size: Sequence[int],
-    dilation: Sequence[int],
-    stride: Sequence[int],
-    causal: Sequence[int],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad, q, k, v, rpb, k_extra, v_extra, out, lse, rpb_learns, kernel_size, dilation, stride, causal, scale
+):  # fmt: skip
     call = Call(q, rpb, kernel_size, dilation, stride, causal)
     dq, dk, dv, delta = packed(q), packed(k), packed(v), torch.empty_like(lse)
     widths = (q.shape[-1], v.shape[-1])
@@ -106,29 +79,14 @@ def _slots(like: Tensor, dtype: torch.dtype, call: Call, empty: float) -> Tensor
     return like.new_full(shape, empty, dtype=dtype)
 
 
-def scores(
-    q: Tensor,
-    k: Tensor,
-    rpb: Tensor | None,
-    kernel_size: Sequence[int],
-    dilation: Sequence[int],
-    scale: float,
-) -> Tensor:
+def scores(q, k, rpb, kernel_size, dilation, scale):
     call = Call(q, rpb, kernel_size, dilation)
     out = _slots(q, q.dtype, call, float("-inf"))
     _run_scores(call, q, k, out, scale)
     return out
 
 
-def scores_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    rpb: Tensor | None,
-    kernel_size: Sequence[int],
-    dilation: Sequence[int],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def scores_backward(grad, q, k, rpb, kernel_size, dilation, scale):
     call = Call(q, rpb, kernel_size, dilation)
     dq = _run_sum(halves._gather, call, grad, k, scale)
     dk = _run_sum(halves._scatter, call, grad, q, scale)
@@ -138,13 +96,11 @@ def scores_backward(
     return dq, dk, call.table((None, None, None, None, None, None, grad), 1.0, constants)
 
 
-def aggregate(weights: Tensor, v: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]) -> Tensor:
+def aggregate(weights, v, kernel_size, dilation):
     return _run_sum(halves._gather, Call(v, None, kernel_size, dilation), weights, v)
 
 
-def aggregate_backward(
-    grad: Tensor, weights: Tensor, v: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def aggregate_backward(grad, weights, v, kernel_size, dilation):
     call = Call(v, None, kernel_size, dilation)
     dweights = _slots(v, weights.dtype, call, 0.0)
     _run_scores(call, grad, v, dweights, 1.0)
