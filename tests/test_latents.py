@@ -61,7 +61,7 @@ def test_rows_come_back_and_other_facts_are_another_store(tmp_path):
     assert again.scan() == []
     assert len(again) == 5
     for number in range(5):
-        found = again.row(f"key{number}")
+        found = again.rows([f"key{number}"])[0]
         assert torch.equal(found["a"], row(number)["a"])
         assert torch.equal(found["b"], row(number)["b"])
     other = Store(tmp_path, {**FACTS, "of": 2})
@@ -89,12 +89,20 @@ def test_a_damaged_row_is_absent_and_a_cut_file_goes(tmp_path):
     for number in (2, 3):
         again.add(f"key{number}", row(number))
     again.flush()
-    assert torch.equal(again.row("key2")["a"], row(2)["a"])
+    rows = again.rows(["key3", None, "key2", "key0"])
+    assert torch.equal(rows[2]["a"], row(2)["a"])
+    assert rows[1] is None
     # damage after the scan is seen when the row is read
     (path,) = [path for path in files(tmp_path) if path != first]
     path.write_bytes(bytes(len(path.read_bytes())))
     with pytest.raises(StoreError, match="damaged"):
-        again.row("key3")
+        rows[0]
+    assert torch.equal(rows[3]["b"], row(0)["b"])
+    path.unlink()
+    with pytest.raises(StoreError, match="No such file.*start again"):
+        rows[0]
+    with pytest.raises(StoreError, match="1 rows that other processes should have made"):
+        again.rows(["key0", "key9"])
 
 
 def test_a_full_disk_is_an_error_and_what_is_there_stays(tmp_path, monkeypatch):
@@ -282,9 +290,9 @@ def test_a_latent_is_drawn_from_its_moments(tmp_path):
     views = [torch.cat([sign * mean, log_variance]) for sign in (1, -1)]
     about = {"size": torch.tensor([5, 6]), "corner": torch.tensor([0, 1])}
     store.add("key", {"moments": torch.stack(views), **about})
-    images = SimpleNamespace(classes=("a", "b"))
+    store.flush()
     affine = Affine(torch.full((1, 1, 1), 0.5), torch.full((1, 1, 1), 2.0))
-    given = (images, store, ["key", None], [1, 0], affine)
+    given = (("a", "b"), store.rows(["key", None]), [1, 0], affine)
     latents = Latents(*given, stochastic=True, flip=0.25)
     drawn = torch.stack([latents.sample(0, seed)["image"] for seed in range(400)]) / 2 + 0.5
     assert torch.equal(latents.sample(0, 7)["image"] / 2 + 0.5, drawn[7])
@@ -305,13 +313,12 @@ def test_rows_hold_the_moments_of_both_views(folder):
     vae = Autoencoder(tiny_pipelines.vae())
     for precision in ("float32", "float16"):
         latents = encode(folder, vae, flip=0.5, precision=precision)
-        for index, key in enumerate(latents.keys):
-            if key is None:
+        for index, row in enumerate(latents.rows):
+            if row is None:
                 continue
             image, _ = LabelledImages(TimmSource("", str(folder), "train"), None).read(index)
             pixels = Cut(8)(image)
             assert pixels.shape == (3, 8, 8)
-            row = latents.store.row(key)
             wanted = vae.moments(torch.stack([pixels, pixels.flip(2)]))
             assert row["moments"].dtype == getattr(torch, precision)
             assert_close(row["moments"].float(), wanted, rtol=2e-3, atol=2e-3)

@@ -10,6 +10,7 @@ webdataset shards are therefore indexed here (`wds`), Hugging Face data sets rea
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -52,10 +53,10 @@ class Source(Protocol):
 def stamp_of(path: str | Path, place: int = 0) -> str:
     """A file (an image, or a container that has one at `place`) by name, size and time; "" if it is not there."""
     try:
-        found = Path(path).stat()
+        found = os.stat(path)
     except OSError:
         return ""
-    return f"{Path(path).resolve()}:{place}:{found.st_size}:{found.st_mtime_ns}"
+    return f"{os.path.abspath(path)}:{place}:{found.st_size}:{found.st_mtime_ns}"
 
 
 class Digits:

@@ -10,10 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as F
 
-from visionhybrid.data.classification import LabelledImages
 from visionhybrid.data.errors import CorruptSample
 from visionhybrid.data.seeds import mix
-from visionhybrid.data.store import Store, StoreError, digest
+from visionhybrid.data.store import Rows, StoreError, digest
 
 
 def image_key(image: Image.Image) -> str:
@@ -60,16 +59,15 @@ class Latents:
     """Latents of labelled images, out of a store. Sample: image (C, h, w), label, size and corner (2,) int64.
 
     Args:
-        keys: of each image in the store; None: it could not be read. labels: of each image.
+        classes: names. rows: of each image; None: it could not be read. labels: of each image.
         stochastic: the rows hold mean and log variance. draw: "sample", or "mean".
         flip: share of mirrored images; their rows have both views.
     """
 
     def __init__(
         self,
-        images: LabelledImages,
-        store: Store,
-        keys: Sequence[str | None],
+        classes: Sequence[str],
+        rows: Rows,
         labels: Sequence[int],
         affine: Affine,
         *,
@@ -77,22 +75,21 @@ class Latents:
         draw: str = "sample",
         flip: float = 0.0,
     ) -> None:
-        self.store, self.keys, self.labels, self.affine = store, keys, labels, affine
+        self.classes, self.rows, self.affine = classes, rows, affine
+        self.labels = torch.tensor(labels)
         self.stochastic, self.draw, self.flip = stochastic, draw, flip
-        self.classes = images.classes
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.rows)
 
     def sample(self, index: int, seed: int) -> dict[str, Tensor]:
-        """Raises: CorruptSample: the image could not be read, has no label, or its row was damaged since."""
-        key = self.keys[index]
-        if key is None or self.labels[index] < 0:
-            raise CorruptSample(f"image {index}", "cannot be read" if key is None else "has no label")
+        """Raises: CorruptSample: the image could not be read, had no label, or its row was damaged since."""
         try:
-            row = self.store.row(key)
+            row = self.rows[index]
         except StoreError as error:
             raise CorruptSample(f"image {index}", str(error)) from None
+        if row is None:
+            raise CorruptSample(f"image {index}", "cannot be read, or has no label")
         generator = torch.Generator().manual_seed(mix(seed, "latent"))
         mirrored = bool(torch.rand((), generator=generator) < self.flip)
         moments = row["moments"][int(mirrored)].float()
@@ -102,7 +99,7 @@ class Latents:
             latent = moments.chunk(2)[0] if self.draw == "mean" else drawn(moments, generator)
         return {
             "image": (latent - self.affine.shift) * self.affine.scale,
-            "label": torch.tensor(self.labels[index]),
+            "label": self.labels[index],
             "size": row["size"],
             "corner": row["corner"],
         }

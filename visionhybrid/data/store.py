@@ -2,7 +2,8 @@
 
     store = Store("runs/cache", {"kind": "moments", "vae": "..."})      # what every row depends on
     if key not in store: store.add(key, {"moments": tensor}); store.flush()
-    row = store.row(key)
+    rows = store.rows(keys)
+    rows[0]["moments"]
 
 A folder for each set of facts holds `facts.json` and files of many rows each, safetensors whose tensors have a row for each key.
 A file gets its name only when it is complete, and is never changed: processes fill a store together without asking each
@@ -20,12 +21,13 @@ import math
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -50,7 +52,7 @@ def digest(*parts: bytes | memoryview) -> str:
     return found.hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _File:
     path: Path
     tensors: dict[
@@ -74,6 +76,36 @@ class _File:
         for name, (dtype, shape, first) in self.tensors.items():
             size = math.prod(shape) * dtype.itemsize
             yield name, first + number * size, size
+
+
+class Rows(Sequence[dict[str, Tensor] | None]):
+    """Rows by number, without the keys: some 40 bytes for each, so that millions can be handed to loading processes."""
+
+    def __init__(self, files: list[_File], places: np.ndarray, checksums: np.ndarray) -> None:
+        self._files, self._places, self._checksums = files, places, checksums
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The tensors of a row; None where there is none.
+
+        Raises: StoreError: it is damaged or gone, which the scan did not see yet.
+        """
+        number, row = map(int, self._places[index])
+        if number < 0:
+            return None
+        file = self._files[number]
+        try:
+            content = file.read(row)
+        except OSError as error:
+            raise StoreError(f"cache: {file.path}: {error.strerror}; start again to make it anew") from None
+        if digest(*content.values()) != self._checksums[index].decode():
+            raise StoreError(f"cache: row {row} of {file.path} is damaged; start again to make it anew")
+        return {
+            name: torch.frombuffer(bytearray(content[name]), dtype=dtype).view(shape)
+            for name, (dtype, shape, _) in file.tensors.items()
+        }
 
 
 class Store:
@@ -125,24 +157,20 @@ class Store:
                     notes.append(f"cache: {bad} of {len(rows)} rows of {path} are damaged and are made anew")
         return notes
 
-    def row(self, key: str) -> dict[str, Tensor]:
-        """The tensors stored under `key`.
+    def rows(self, keys: Sequence[str | None]) -> Rows:
+        """What is on the disk under `keys`, in their order; None stands for nothing.
 
-        Raises: StoreError: the row is damaged or gone, which a scan did not see yet.
+        Raises: StoreError: some are not there.
         """
-        if key in self._waiting:
-            return self._waiting[key]
-        file, number, checksum = self._places[key]
-        try:
-            content = file.read(number)
-        except OSError as error:
-            raise StoreError(f"cache: {file.path}: {error.strerror}; start again to make it anew") from None
-        if digest(*content.values()) != checksum:
-            raise StoreError(f"cache: row {number} of {file.path} is damaged; start again to make it anew")
-        return {
-            name: torch.frombuffer(bytearray(content[name]), dtype=dtype).view(shape)
-            for name, (dtype, shape, _) in file.tensors.items()
-        }
+        if lost := [key for key in keys if key is not None and key not in self._places]:
+            raise StoreError(
+                f"cache: {len(lost)} rows that other processes should have made are not in {self.folder}"
+            )
+        found = [(None, -1, "") if key is None else self._places[key] for key in keys]
+        files = list(dict.fromkeys(file for file, _, _ in found if file is not None))
+        number = {id(file): i for i, file in enumerate(files)}
+        places = np.array([(number.get(id(file), -1), row) for file, row, _ in found], np.int32)
+        return Rows(files, places, np.array([checksum.encode() for _, _, checksum in found], "S32"))
 
     def note(self, stamp: str, key: str) -> None:
         """Remember that what has this stamp has this key."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from visionhybrid.data.classification import LabelledImages
 from visionhybrid.data.errors import CorruptSample
 from visionhybrid.data.latents import Cut, Latents, image_key
-from visionhybrid.data.store import Store, StoreError, digest
+from visionhybrid.data.store import Rows, Store, digest
 from visionhybrid.diffusion.autoencoder import Autoencoder
 from visionhybrid.infer.progress import bar
 from visionhybrid.train.config import Cache
@@ -82,7 +82,7 @@ def encode_images(
     def remembered(index: int) -> bool:
         known = images.source.peek(index)
         key = store.stamps.get(known[0]) if known else None
-        if known is None or key is None or key not in store:
+        if known is None or key is None or key not in store or known[1] < 0:
             return False
         keys[index], labels[index] = key, known[1]
         return True
@@ -93,10 +93,6 @@ def encode_images(
     for index in wanted:
         if index not in keys and index not in problems and not remembered(index):
             look(index)  # another process encoded it, and its source has no stamps
-    if lost := [index for index, key in keys.items() if key not in store]:
-        raise StoreError(
-            f"cache: {len(lost)} images that other processes should have encoded are not in {store.folder}"
-        )
     if problems:
         first = problems[min(problems)]
         notes.append(
@@ -105,9 +101,8 @@ def encode_images(
     if not keys:
         raise ValueError(f"data: none of {len(images)} images can be read")
     return Latents(
-        images,
-        store,
-        [keys.get(index) for index in range(len(images))],
+        images.classes,
+        store.rows([keys.get(index) for index in range(len(images))]),
         [labels.get(index, -1) for index in range(len(images))],
         vae.affine,
         stochastic=vae.stochastic,
@@ -119,11 +114,13 @@ def encode_images(
 class Texts:
     """Encoded captions by number; the number after the last is that of no caption."""
 
-    def __init__(self, store: Store, keys: Sequence[str]) -> None:
-        self.store, self.keys = store, keys
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
 
     def __getitem__(self, number: int) -> Row:
-        row = self.store.row(self.keys[number])
+        """Raises: StoreError: its row was damaged since."""
+        row = self.rows[number]
+        assert row is not None  # every caption has one
         return {name: value.float() if value.is_floating_point() else value for name, value in row.items()}
 
 
@@ -167,7 +164,7 @@ def encode_captions(
         batch=cache.batch,
         what="encoding captions",
     )
-    return Texts(store, keys)
+    return Texts(store.rows(keys))
 
 
 def fill(
