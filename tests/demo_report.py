@@ -106,6 +106,7 @@ def generated(recognised: float, kept: tuple[float, float]) -> generation.Genera
             training=training(f"hybrid_dit_digits_{mixer}", **curves, distance=[(2, 0.5), (4, 0.01)]),
             sheet=sheet(share, right=False),
             seconds=0.02,
+            untrained=30.0,
             kept=share,
             distance=0.01,
             alone=2,

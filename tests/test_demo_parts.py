@@ -61,6 +61,7 @@ def test_both_axes_may_be_logarithmic() -> None:
     html = charts.line_chart("T", [line], x="x", y="y", log_x=True, log_y=True)
     places = re.findall(r'<circle [^>]*cx="([0-9.]+)" cy="([0-9.]+)"', html)
     x, y = ([float(place[axis]) for place in places] for axis in (0, 1))
+    assert re.findall(r'text-anchor="middle">(\d+)<', html) == ["16", "256", "4096"]
     assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.11)
     assert y[0] - y[1] == pytest.approx(y[1] - y[2], abs=0.11)
     with pytest.raises(ValueError, match="logarithmic axis cannot show"):

@@ -50,7 +50,7 @@ def hybrid_dit_digits() -> Generation:
         ),
         data=Images(dataset="digits", num_classes=10, image_size=8),
         diffusion=Diffusion(predict="flow", times="logit_normal", drop_label=0.1),
-        sampling=Sampling(steps=16, guidance=2.0, each=10),
+        sampling=Sampling(steps=16, guidance=1.5, each=10),
         channels=1,
         flip=0.0,
     )

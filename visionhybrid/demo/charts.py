@@ -39,7 +39,8 @@ def line_chart(
     log_x: bool = False,
     log_y: bool = False,
 ) -> str:
-    """An SVG element. `x` and `y` are the axes' names with their units; on a logarithmic axis every value must be above 0.
+    """An SVG element. `x` and `y` are the axes' names with their units; on a logarithmic axis every value must be above 0, and
+    along a logarithmic `x` the values themselves are marked.
 
     Raises: ValueError: no finite point at all, or a value that a logarithmic axis cannot show.
     """
@@ -52,6 +53,8 @@ def line_chart(
         if log and min(values) <= 0:
             raise ValueError(f"line_chart: {title!r} has {min(values)}, which a logarithmic axis cannot show")
     across = _Axis(min(places) if log_x else 0.0, max(places), LEFT, WIDTH - RIGHT, log=log_x)
+    if log_x:
+        across.marked = sorted(set(places))
     up = _Axis(min(heights), max(heights), HEIGHT - BOTTOM, TOP, log=log_y, pad=0.06)
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
@@ -96,12 +99,15 @@ class _Axis:
             low, high = math.log10(low), math.log10(high)
         margin = pad * (high - low)
         self.low, self.high = low - margin, high + margin
+        self.marked: list[float] = []  # values to mark instead of round ones
 
     def __call__(self, value: float) -> float:
         at = math.log10(value) if self.log else value
         return self.start + (at - self.low) / (self.high - self.low) * (self.stop - self.start)
 
     def ticks(self) -> list[float]:
+        if self.marked:
+            return self.marked
         if not self.log:
             return _round_numbers(self.low, self.high)
         decades = range(math.floor(self.low), math.ceil(self.high) + 1)

@@ -6,6 +6,7 @@ before the count, and neither its gradient nor its opinion reaches a generator: 
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import visionhybrid
 from visionhybrid import mixers
 from visionhybrid.data.samples import DIGIT_CLASSES, digits
 from visionhybrid.data.seeds import mix
@@ -71,6 +73,7 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Student(Drawn):
+    untrained: float  # percent recognised with the new mixers just put in, on fewer digits
     kept: float  # percent of the teacher's recognised share; nan if that is 0
     distance: float  # |student - teacher|^2 / |teacher|^2 of what they predict, on held-out digits
     alone: int  # steps of the first phase
@@ -96,12 +99,14 @@ def learn_generation(out: Path, *, seed: int = 0, quick: bool = False, progress:
     config, result = train(
         RECIPE, out / "generator", seed=seed, quick=quick, progress=progress, changes=watch
     )
-    net, sheet, seconds = judge.draw(result["weights"], config, seed)
-    teacher = Drawn(mixer="softmax", training=record(config, net, result), sheet=sheet, seconds=seconds)
-    students, nets = [], {"softmax": net}
+    pipe = _opened(result["weights"])
+    sheet, seconds = judge.draw(pipe, config, seed)
+    training = record(config, pipe.transformer, result)
+    teacher = Drawn(mixer="softmax", training=training, sheet=sheet, seconds=seconds)
+    students, nets = [], {"softmax": pipe.transformer}
     for mixer in GRAFTS:
         words = (f"loop.seed={seed}", f"teacher={out / 'generator'}", *watch, *(_QUICK if quick else ()))
-        student, nets[mixer] = _graft(mixer, out / mixer, words, judge, teacher, seed, progress)
+        student, nets[mixer] = _graft(mixer, out / mixer, words, judge, (teacher, pipe), seed, progress)
         students.append(student)
     return Generation(
         teacher=teacher,
@@ -115,25 +120,35 @@ def learn_generation(out: Path, *, seed: int = 0, quick: bool = False, progress:
 
 
 def _graft(
-    mixer: str, out: Path, words: tuple[str, ...], judge: Judging, teacher: Drawn, seed: int, progress: bool
+    mixer: str,
+    out: Path,
+    words: tuple[str, ...],
+    judge: Judging,
+    teacher: tuple[Drawn, HybridDiTPipeline],
+    seed: int,
+    progress: bool,
 ) -> tuple[Student, HybridDiT]:
     recipe = f"{RECIPE}_{mixer}"
     config: Any = override(find(recipe), words)
     clear(out, recipe)
+    untrained = _untrained(teacher[1], config)
+    start = judge.recognised(untrained, config, seed)
     done = graft(config, out, progress=progress)
-    net, sheet, seconds = judge.draw(done.weights, config, seed)
+    pipe = _opened(done.weights)
+    sheet, seconds = judge.draw(pipe, config, seed)
     first, last = (list(read(out / phase / "log.jsonl")) for phase in ("alone", "whole"))
     held_out = series(first, "validation")
     for name, values in series(last, "validation").items():
         held_out[name] = held_out.get(name, []) + [(config.alone.steps + x, y) for x, y in values]
-    before = teacher.sheet.scores.recognised
+    held_out["recognised"].insert(0, (0, start))
+    before = teacher[0].sheet.scores.recognised
     student = Student(
         mixer=mixer,
         training=Training(
             recipe=recipe,
             command=f"visionhybrid graft {recipe} teacher=runs/{RECIPE}",
             config=json.loads(to_json(config)),
-            parameters=sum(p.numel() for p in net.parameters()),
+            parameters=sum(p.numel() for p in pipe.transformer.parameters()),
             steps=config.alone.steps + config.whole.steps,
             seconds=done.seconds,
             loss=[(config.alone.steps + x, y) for x, y in series(last, "train")["loss"]],
@@ -141,12 +156,23 @@ def _graft(
         ),
         sheet=sheet,
         seconds=seconds,
+        untrained=start,
         kept=100 * sheet.scores.recognised / before if before else float("nan"),
         distance=done.student["distance"],
         alone=config.alone.steps,
         layers=done.layers,
     )
-    return student, net
+    return student, pipe.transformer
+
+
+def _untrained(pipe: HybridDiTPipeline, config: Any) -> HybridDiTPipeline:
+    """The teacher with the new mixers as they are put in."""
+    net = copy.deepcopy(pipe.transformer)
+    torch.manual_seed(config.loop.seed)
+    visionhybrid.attach(net, config.mixer, **config.mixer_options)
+    found = HybridDiTPipeline(net, pipe.scheduler, labels=list(pipe.config.labels))
+    found.set_progress_bar_config(disable=True)
+    return found
 
 
 def _opened(weights: str) -> HybridDiTPipeline:
@@ -170,6 +196,26 @@ def _costs(nets: dict[str, HybridDiT], quick: bool) -> list[costs.MixerCost]:
     return costs.compare(found, *(((2, 4), 1) if quick else ()))
 
 
+def samples(pipe: HybridDiTPipeline, labels: Tensor, config: GenerationConfig, seed: int) -> Tensor:
+    """A digit for each label, (N, 1, 8, 8) in [0, 1]; the n-th of a class always from the same noise."""
+    number, noise = [0] * DIGIT_CLASSES, []
+    for label in labels.tolist():
+        noise.append(mix(seed, "demo", label, number[label]))
+        number[label] += 1
+    images = []
+    for first in range(0, len(labels), BATCH):
+        part = slice(first, first + BATCH)
+        found = pipe(
+            labels[part].tolist(),
+            generator=[torch.Generator().manual_seed(n) for n in noise[part]],
+            num_inference_steps=config.sampling.steps,
+            guidance_scale=config.sampling.guidance,
+            output_type="pt",
+        )
+        images.append(found.images.cpu())
+    return torch.cat(images)
+
+
 class Judging:
     """Counts what the classifier recognises, and compares digits with the training digits."""
 
@@ -185,25 +231,18 @@ class Judging:
         order = torch.argsort(labels, stable=True)
         return self._sheet(images[order], labels[order])
 
-    def draw(self, weights: str, config: GenerationConfig, seed: int) -> tuple[HybridDiT, Sheet, float]:
-        """The transformer of a pipeline's folder, its samples, and the seconds that one took. Noise depends on seed, class, number."""
-        pipe, sampling = _opened(weights), config.sampling
+    def draw(self, pipe: HybridDiTPipeline, config: GenerationConfig, seed: int) -> tuple[Sheet, float]:
+        """Samples of a pipeline, and the seconds that one took. The noise depends on seed, class and number."""
         labels = torch.arange(DIGIT_CLASSES).repeat_interleave(self.count)
-        noise = [mix(seed, "demo", label, i % self.count) for i, label in enumerate(labels.tolist())]
-        images, start = [], time.perf_counter()
-        for first in range(0, len(labels), BATCH):
-            part = slice(first, first + BATCH)
-            images.append(
-                pipe(
-                    labels[part].tolist(),
-                    generator=[torch.Generator().manual_seed(number) for number in noise[part]],
-                    num_inference_steps=sampling.steps,
-                    guidance_scale=sampling.guidance,
-                    output_type="pt",
-                ).images.cpu()
-            )
+        start = time.perf_counter()
+        images = samples(pipe, labels, config, seed)
         seconds = (time.perf_counter() - start) / len(labels)
-        return pipe.transformer, self._sheet(torch.cat(images), labels), seconds
+        return self._sheet(images, labels), seconds
+
+    def recognised(self, pipe: HybridDiTPipeline, config: GenerationConfig, seed: int) -> float:
+        """Percent of fewer samples, as many as at each validation."""
+        labels = torch.arange(DIGIT_CLASSES).repeat_interleave(min(self.count, WATCHED))
+        return 100 * float((self.judge(samples(pipe, labels, config, seed)) == labels).double().mean())
 
     def _sheet(self, images: Tensor, labels: Tensor) -> Sheet:
         """`images` (N, 1, 8, 8) in [0, 1] in the order of their `labels`."""

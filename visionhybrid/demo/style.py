@@ -75,6 +75,7 @@ th, td { text-align: left; padding: 7px 12px 7px 0; border-bottom: 1px solid var
 th { font-weight: 600; color: var(--soft); font-size: .84rem; }
 td.num, th.num { text-align: right; padding: 7px 0 7px 12px; white-space: nowrap; }
 tr:last-child td { border-bottom: 0; }
+.even { table-layout: fixed; min-width: 560px; } .even + .even { margin-top: 20px; } .even th:first-child { width: 34%; }
 tfoot td { font-weight: 650; border-top: 2px solid var(--rule); }
 .up { color: var(--good); font-weight: 600; } .down { color: var(--bad); font-weight: 600; }
 

@@ -163,7 +163,7 @@ def _told(report: Report) -> Iterator[str]:
             "so with linear and with sparse attention."
         )
     yield (
-        f"All began from random weights and trained on this machine, {clock(report.seconds)} in all, on images that come with "
+        f"Everything began from random weights on this machine and took {clock(report.seconds)} in all, with images that come with "
         "Python packages."
     )
 
@@ -194,7 +194,7 @@ def _again(report: Report) -> Iterator[str]:
             "visionhybrid restore photo.jpg large.png --model runs/hat_samples_x2/model.safetensors"
         )
     if report.generation:
-        commands.append("visionhybrid generate runs/hybrid_dit_digits digits/ --each 20 --guidance 2")
+        commands.append("visionhybrid generate runs/hybrid_dit_digits digits/ --each 20 --guidance 1.5")
     yield f"<pre><code>{escape(chr(10).join(commands))}</code></pre>"
     rows = {
         "Processor": f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads used",

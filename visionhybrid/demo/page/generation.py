@@ -54,8 +54,9 @@ def _words(found: Generation) -> Iterator[str]:
     for student in found.students:
         training = student.training
         yield (
-            f"<p>A copy got {NAMES[student.mixer]} instead of softmax attention in all {len(student.layers)} blocks and imitated the "
-            f"teacher for {training.steps} steps, {clock(training.seconds)} with all measuring. Its score is "
+            f"<p>A copy got {NAMES[student.mixer]} instead of softmax attention in all {len(student.layers)} blocks: "
+            f"{student.untrained:.0f} % recognised. Having imitated the teacher for {training.steps} steps, "
+            f"{clock(training.seconds)} with all measuring, its score is "
             f"{student.sheet.scores.recognised:.1f} %, <strong>{student.kept:.1f} %</strong> of the teacher's.</p>"
         )
 
@@ -159,9 +160,9 @@ def _grafts(found: Generation) -> Iterator[str]:
     yield '<div class="pair"><div class="card">'
     yield line_chart(
         "Distance to what the teacher predicts",
-        _lines({s.mixer: s.training.held_out["distance"] for s in found.students}),
+        _lines({s.mixer: [(x, 100 * y) for x, y in s.training.held_out["distance"]] for s in found.students}),
         x=f"step (from {first.alone} on: the whole copy)",
-        y="relative squared error",
+        y="relative squared error (%)",
         log_y=True,
     )
     yield '</div><div class="card">'
@@ -179,13 +180,13 @@ def _grafts(found: Generation) -> Iterator[str]:
         "error of the output,<br>only it replaced",
         "softmax<br>ms",
         "new<br>ms",
-        "products<br>saved",
+        "multiplications,<br>softmax : new",
     )
     body = ""
     for student in found.students:
         for layer in student.layers:
             times = (f"{1e3 * seconds:.2f}" for seconds in (layer.seconds_before, layer.seconds_after))
-            products = "" if layer.fewer_products is None else f"{layer.fewer_products:.2f} x"
+            products = "" if layer.fewer_products is None else f"{layer.fewer_products:.2f}"
             cells = (f"{layer.error:.3f}", f"{layer.output_error:.4f}", *times, products)
             body += (
                 f"<tr><td>{NAMES[student.mixer]}, <code>{escape(layer.name)}</code></td>{_cells(cells)}</tr>"
@@ -211,14 +212,9 @@ def _costs(found: Generation) -> Iterator[str]:
     for cost in others:
         yield f"<li>{_pays(cost, base)}</li>"
     yield '</ul><div class="pair"><div class="card">'
-    yield _cost_chart("Multiplications", found.costs, "products", "multiplications")
+    yield _cost_chart("Multiplications", found.costs, "products", 1e-6, "millions")
     yield '</div><div class="card">'
-    yield _cost_chart(
-        "Time",
-        found.costs,
-        "seconds",
-        "seconds",
-    )
+    yield _cost_chart("Time", found.costs, "seconds", 1e3, "milliseconds")
     yield '</div></div><div class="card scroll">'
     heads = [f"{at.tokens}<br>tokens" for at in base.at]
     for title, text in (
@@ -230,13 +226,17 @@ def _costs(found: Generation) -> Iterator[str]:
             f"<tr><td>{_name(cost.name)}</td>{_cells([text(at) for at in cost.at])}</tr>"
             for cost in found.costs
         )
-        yield _table(title, heads, body)
+        yield _table(title, heads, body, "even")
     yield "</div>"
 
 
-def _cost_chart(title: str, costs: Sequence[MixerCost], what: str, unit: str) -> str:
+def _cost_chart(title: str, costs: Sequence[MixerCost], what: str, scale: float, unit: str) -> str:
     lines = [
-        Line(name=_name(cost.name), points=[(at.tokens, getattr(at, what)) for at in cost.at], style=style)
+        Line(
+            name=_name(cost.name),
+            points=[(at.tokens, scale * getattr(at, what)) for at in cost.at],
+            style=style,
+        )
         for cost, style in zip(costs, STYLES, strict=False)
     ]
     return line_chart(title, lines, x="tokens", y=unit, log_x=True, log_y=True)
@@ -257,7 +257,7 @@ def _pays(cost: MixerCost, base: MixerCost) -> str:
         faster = f"faster here from {cost.faster_from} tokens on, {ratio:.1f} x at {longest}"
     first = base.at[0].seconds / cost.at[0].seconds
     word = (
-        f"at the digits' {base.at[0].tokens} tokens softmax is {1 / first:.1f} x as fast" if first < 1 else ""
+        f"at the digits' {base.at[0].tokens} tokens softmax is {1 / first:.0f} x as fast" if first < 1 else ""
     )
     return f"<b>{_name(cost.name)}</b>: {'; '.join(part for part in (fewer, faster, word) if part)}."
 
@@ -271,6 +271,6 @@ def _cells(values: Sequence[str]) -> str:
     return "".join(f"<td class='num'>{value}</td>" for value in values)
 
 
-def _table(first: str, heads: Sequence[str], body: str) -> str:
+def _table(first: str, heads: Sequence[str], body: str, style: str = "") -> str:
     columns = "".join(f"<th class='num'>{head}</th>" for head in heads)
-    return f"<table><thead><tr><th>{first}</th>{columns}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table class='{style}'><thead><tr><th>{first}</th>{columns}</tr></thead><tbody>{body}</tbody></table>"
