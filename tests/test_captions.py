@@ -286,6 +286,7 @@ def test_captions_are_encoded_once(sd15, data, tmp_path, monkeypatch):
         ("sampling.judge=somewhere", r"sampling\.judge: judges images of classes"),
         ("text.max_length=5", "texts of one length"),
         ("text.hold_out=1", r"text\.hold_out"),
+        ("model.start_strict=false", r"model\.start_strict"),
         ("model.start=/nowhere", "/nowhere: no pipeline"),
     ],
 )

@@ -244,6 +244,22 @@ def test_images_are_encoded_once(folder, monkeypatch):
     assert other.seen == 6
 
 
+def test_what_is_damaged_is_encoded_again(folder):
+    vae, notes = Counting(tiny_pipelines.vae()), []
+    whole = [row if row is None else row["moments"] for row in encode(folder, vae).rows]
+    (path,) = files(folder.parent / "cache")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    vae.seen = 0
+    again = encode(folder, vae, notes=notes)
+    assert vae.seen == 1
+    assert "1 of 6 rows" in notes[0]
+    for before, row in zip(whole, again.rows, strict=True):
+        assert (before is None) == (row is None)
+        assert before is None or (before - row["moments"]).abs().max() < 1e-5
+
+
 def test_a_killed_encoding_goes_on(folder, monkeypatch):
     monkeypatch.setattr(store_module, "FLUSH_SECONDS", -1.0)
     vae = Counting(tiny_pipelines.vae())

@@ -21,18 +21,20 @@ def open_autoencoder(path: str) -> AutoencoderKL | AutoencoderDC:
 
     Raises: ValueError: there is none, or it is of another kind.
     """
+    why = "it has no config.json"
     for subfolder in ("", "vae"):
         if Path(path).is_dir() and not (Path(path) / subfolder / "config.json").is_file():
             continue
         try:
             config: Any = AutoencoderKL.load_config(path, subfolder=subfolder or None)
-        except OSError:
+        except OSError as error:
+            why = str(error).strip().splitlines()[0]
             continue
         name = config.get("_class_name")
         if name not in KINDS:
             raise ValueError(f"{path}: {name} is no autoencoder known here; have {', '.join(KINDS)}")
         return KINDS[name].from_pretrained(path, subfolder=subfolder or None, use_safetensors=True)
-    raise ValueError(f"{path}: no autoencoder; give a diffusers folder, or a name on the hub")
+    raise ValueError(f"{path}: no autoencoder, neither a folder of diffusers nor a name on the hub: {why}")
 
 
 class Autoencoder:

@@ -61,7 +61,10 @@ class NewModel:
         """A new model, or that at `model.start`."""
         net, model = self._create(), self.config.model
         if model.start:
-            net.load_state_dict(self.open(model.start).state_dict(), strict=model.start_strict)
+            try:
+                net.load_state_dict(self.open(model.start).state_dict(), strict=model.start_strict)
+            except RuntimeError as error:
+                raise ConfigError(f"model.start: {' '.join(str(error).split())[:300]}") from None
         return net
 
     def _create(self) -> nn.Module:
@@ -137,6 +140,8 @@ class OfPipeline:
         self.config = config
         if config.latent.vae or config.model.options:
             raise ConfigError("latent.vae and model.options: a pipeline brings its own autoencoder and model")
+        if not config.model.start_strict:
+            raise ConfigError("model.start_strict: the denoiser of a pipeline is taken as a whole")
         try:
             self.pipe = open_any(config.model.pipeline)
             self.family = family_of(self.pipe, config.text.max_length)
