@@ -8,65 +8,31 @@ bits, with any number of loading processes. See `sampler.py` and tests/test_resu
 from __future__ import annotations
 
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from visionhybrid.data.seeds import mix, seed_all
 from visionhybrid.train import state, task
-from visionhybrid.train.config import Config, ConfigError, Loop, Optim, check
+from visionhybrid.train.config import Config, check
 from visionhybrid.train.ema import Ema
 from visionhybrid.train.guard import DivergedError, Watch
 from visionhybrid.train.log import Log
+from visionhybrid.train.parts import Part, build, load_optimizer, make_accelerator
 from visionhybrid.train.sampler import Batch, Position, Sample, Stream, loader
-from visionhybrid.train.schedule import Rate
-
-# What a changed config may change about an optimiser when a run continues; the rest comes from the checkpoint.
-_FROM_CONFIG = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum")
+from visionhybrid.train.signals import Interrupted, interruptions
 
 
 class MemoryLimitError(RuntimeError):
     """One sample does not fit; the message is one line."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Stopped by a signal, after a checkpoint was written."""
-
-
-@dataclass
-class Part:
-    """One network with its optimiser."""
-
-    name: str
-    net: nn.Module  # as wrapped by accelerate
-    bare: nn.Module  # what the task built; the same parameters
-    optimizer: Any
-    rate: Rate
-
-    def __post_init__(self) -> None:
-        kept = self.bare.state_dict().keys()
-        # running statistics; constants that no checkpoint holds do not change in a forward pass
-        self.buffers = [buffer for name, buffer in self.bare.named_buffers() if name in kept]
-
-    @property
-    def optimizer_file(self) -> str:
-        return "optimizer" if self.name == "model" else f"{self.name}_optimizer"
 
 
 class Trainer:
@@ -81,7 +47,8 @@ class Trainer:
         self.micro = min(
             loop.micro_batch or loop.batch_size, loop.batch_size // self.accelerator.num_processes
         )
-        self.parts = self._build()
+        seed_all(mix(loop.seed, "init"))
+        self.parts = build(config, self.task.parts(), self.accelerator, self.total, self.steps_per_epoch)
         self.main = self.parts[0]
         # whether no process holds all weights (FSDP); asked now, since after a forward pass they may be whole for a while
         self.sharded = any(hasattr(p, "full_tensor") for p in self.main.bare.parameters())
@@ -109,23 +76,6 @@ class Trainer:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
-
-    def _build(self) -> list[Part]:
-        loop = self.config.loop
-        seed_all(mix(loop.seed, "init"))
-        nets = self.task.parts()
-        for net in nets.values():
-            _prepare(net, loop)
-        optimizers = [_optimizer(self.config.optim, net) for net in nets.values()]
-        prepared = self.accelerator.prepare(*nets.values(), *optimizers)
-        parts = []
-        for i, name in enumerate(nets):
-            net, optimizer = prepared[i], prepared[len(nets) + i]
-            if loop.compile:
-                net.compile()
-            rate = Rate(self.config.schedule, optimizer.optimizer, self.total, self.steps_per_epoch)
-            parts.append(Part(name, net, self.accelerator.unwrap_model(net), optimizer, rate))
-        return parts
 
     def batches(self) -> Iterator[Batch]:
         """Batches from where the run stands, without end."""
@@ -260,7 +210,7 @@ class Trainer:
         loop = self.config.loop
         started = time.monotonic() - self.seconds
         batches = self.batches()
-        with self.log.bar(self.total, self.step), _signals() as caught:
+        with self.log.bar(self.total, self.step), interruptions() as caught:
             while self.step < self.total:
                 batch = next(batches)
                 values = self.update(batch)
@@ -392,7 +342,7 @@ class Trainer:
                 )
             state.load_into(part.bare.state_dict(), tensors[part.name], part.name)
             saved = state.unpack(facts["optimizers"][part.name], tensors[part.optimizer_file])
-            _load_optimizer(part.optimizer.optimizer, saved)
+            load_optimizer(part.optimizer.optimizer, saved)
         if self.ema is not None:
             state.load_into(self.ema.average, tensors.get("ema", tensors["model"]), "ema")
         if self.accelerator.scaler is not None and facts["scaler"]:
@@ -429,85 +379,3 @@ class Trainer:
         self.position = replace(self.position, order=rollbacks)
         self.log.rewind(self.step)
         self.log.note(self.step, f"step {at}: {now.bad} updates in a row left out; back to step {self.step}")
-
-
-def make_accelerator(precision: str) -> Accelerator:
-    """This process's accelerator; `accelerate launch` and its environment decide on device, DDP and FSDP."""
-    # accelerate keeps one state per process and refuses another precision; runs in one process are independent here
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-    try:
-        accelerator = Accelerator(mixed_precision=precision)
-    except ValueError as error:
-        raise ConfigError(f"loop.precision: {precision} does not work on this machine: {error}") from None
-    device = accelerator.device.type
-    # in both cases accelerate would do something else without a word: DDP, and float32
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked and accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.FSDP:
-        raise ConfigError(f"accelerate has no FSDP on {device}; launch without --use_fsdp")
-    if precision == "fp16" and accelerator.scaler is None:
-        raise ConfigError(f"loop.precision: fp16 does not work on {device}; use bf16 or no")
-    return accelerator
-
-
-def _prepare(net: nn.Module, loop: Loop) -> None:
-    if loop.channels_last:
-        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if loop.grad_checkpointing:
-        # timm's word for it, and diffusers'
-        names = ("set_grad_checkpointing", "enable_gradient_checkpointing")
-        switch = next((getattr(net, name) for name in names if hasattr(net, name)), None)
-        if switch is None:
-            raise ConfigError(f"loop.grad_checkpointing: {type(net).__name__} has none")
-        switch()
-
-
-def _optimizer(optim: Optim, net: nn.Module) -> torch.optim.Optimizer:
-    given = {"betas": optim.betas, "eps": optim.eps}
-    try:
-        return create_optimizer_v2(
-            net,
-            opt=optim.name,
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            momentum=optim.momentum,
-            filter_bias_and_bn=not optim.decay_1d,
-            layer_decay=optim.layer_decay,
-            **{name: value for name, value in given.items() if value is not None},
-            **optim.options,
-        )
-    except (ValueError, TypeError, AssertionError) as error:
-        raise ConfigError(f"optim: timm cannot make {optim.name!r}: {error}") from None
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, values in saved["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.shape == params[i].shape:
-                values[name] = state.like(value, params[i])
-    for group, now in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        group.update({name: now[name] for name in _FROM_CONFIG if name in now})
-    optimizer.load_state_dict(saved)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted, so that the step under way can be finished and saved; a second one acts at once."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    former = {}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        signal.signal(number, former[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        former[number] = signal.signal(number, note)
-    try:
-        yield caught
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)

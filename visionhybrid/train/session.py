@@ -18,7 +18,8 @@ from torch import nn
 import visionhybrid
 from visionhybrid.train import card, log, recipes, state, task
 from visionhybrid.train.config import Config, check, diff, from_json, to_json
-from visionhybrid.train.loop import Trainer, make_accelerator
+from visionhybrid.train.loop import Trainer
+from visionhybrid.train.parts import make_accelerator
 
 
 def run(
