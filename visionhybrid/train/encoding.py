@@ -37,78 +37,85 @@ def encode_images(
 
     Raises: StoreError: the cache cannot be written, or rows of another process are not there. ValueError: no image can be read.
     """
-    cut, views, dtype = Cut(size), 1 + (flip > 0), DTYPES[cache.precision]
-    store = Store(
-        cache.folder,
-        {
+    found = _Images(images, vae, size, cache, views=2 if flip else 1)
+    notes += found.store.scan()
+    found.encode_all(cache.batch)
+    if problems := found.problems:
+        first = problems[min(problems)]
+        notes.append(
+            f"{len(problems)} of {len(images)} images cannot be read and are left out, first {first}"
+        )
+    if not found.keys:
+        raise ValueError(f"data: none of {len(images)} images can be read")
+    rows = found.store.rows([found.keys.get(index) for index in range(len(images))])
+    labels = [found.labels.get(index, -1) for index in range(len(images))]
+    stochastic = vae.stochastic
+    return Latents(images.classes, rows, labels, vae.affine, stochastic=stochastic, draw=draw, flip=flip)
+
+
+class _Images:
+    """Images on their way into a store. `keys`, `labels` and `problems`: what is known of each by its number."""
+
+    def __init__(self, images: LabelledImages, vae: Autoencoder, size: int, cache: Cache, views: int) -> None:
+        self.images, self.vae, self.cut, self.views = images, vae, Cut(size), views
+        self.precision = cache.precision
+        facts = {
             "kind": "latents",
             "vae": vae.fingerprint(),
             "image": f"{images.mode}, shorter side {size} bicubic, central square",
             "views": ["plain", "mirrored"][:views],
             "precision": cache.precision,
-        },
-    )
-    notes += store.scan()
-    keys: dict[int, str] = {}
-    labels: dict[int, int] = {}
-    problems: dict[int, CorruptSample] = {}
+        }
+        self.store = Store(cache.folder, facts)
+        self.keys: dict[int, str] = {}
+        self.labels: dict[int, int] = {}
+        self.problems: dict[int, CorruptSample] = {}
 
-    def look(index: int) -> tuple[str, Any] | None:
+    def encode_all(self, batch: int) -> None:
+        wanted = [index for index in range(len(self.images)) if not self.remembered(index)]
+        with on_device(self.vae.net):
+            fill(self.store, wanted, self.look, self.encode, batch=batch, what="encoding images")
+        for index in wanted:
+            known = index in self.keys or index in self.problems
+            if not known and not self.remembered(index):
+                self.look(index)  # another process encoded it, and its source has no stamps
+
+    def remembered(self, index: int) -> bool:
+        """Whether the store has this image, as far as can be said without reading it."""
+        known = self.images.source.peek(index)
+        key = self.store.stamps.get(known[0]) if known else None
+        if known is None or key is None or key not in self.store or known[1] < 0:
+            return False
+        self.keys[index], self.labels[index] = key, known[1]
+        return True
+
+    def look(self, index: int) -> tuple[str, Any] | None:
+        """Key and image."""
         try:
-            image, labels[index] = images.read(index)
+            image, self.labels[index] = self.images.read(index)
         except CorruptSample as error:
-            problems[index] = error
+            self.problems[index] = error
             return None
-        keys[index] = key = image_key(image)
-        known = images.source.peek(index)
-        store.note(known[0] if known else "", key)
+        self.keys[index] = key = image_key(image)
+        known = self.images.source.peek(index)
+        self.store.note(known[0] if known else "", key)
         return key, image
 
-    def encode(batch: list[Any]) -> list[Row]:
-        pixels = torch.stack([cut(image) for image in batch]).to(vae.net.device)
-        both = [pixels, pixels.flip(3)][:views]
-        moments = torch.stack([vae.moments(view) for view in both], 1).to(dtype)  # (B, views, C, h, w)
+    def encode(self, batch: list[Any]) -> list[Row]:
+        pixels = torch.stack([self.cut(image) for image in batch]).to(self.vae.net.device)
+        both = [pixels, pixels.flip(3)][: self.views]
+        moments = torch.stack([self.vae.moments(view) for view in both], 1)  # (B, views, C, h, w)
+        moments = moments.to(DTYPES[self.precision])
         if not moments.isfinite().all():
-            raise ValueError(f"latent.vae: its latents are not finite in {cache.precision}")
+            raise ValueError(f"latent.vae: its latents are not finite in {self.precision}")
         return [
             {
                 "moments": row,
                 "size": torch.tensor(image.size[::-1]),
-                "corner": torch.tensor(cut.corner(image)),
+                "corner": torch.tensor(self.cut.corner(image)),
             }
             for row, image in zip(moments, batch, strict=True)
         ]
-
-    def remembered(index: int) -> bool:
-        known = images.source.peek(index)
-        key = store.stamps.get(known[0]) if known else None
-        if known is None or key is None or key not in store or known[1] < 0:
-            return False
-        keys[index], labels[index] = key, known[1]
-        return True
-
-    wanted = [index for index in range(len(images)) if not remembered(index)]
-    with on_device(vae.net):
-        fill(store, wanted, look, encode, batch=cache.batch, what="encoding images")
-    for index in wanted:
-        if index not in keys and index not in problems and not remembered(index):
-            look(index)  # another process encoded it, and its source has no stamps
-    if problems:
-        first = problems[min(problems)]
-        notes.append(
-            f"{len(problems)} of {len(images)} images cannot be read and are left out, first {first}"
-        )
-    if not keys:
-        raise ValueError(f"data: none of {len(images)} images can be read")
-    return Latents(
-        images.classes,
-        store.rows([keys.get(index) for index in range(len(images))]),
-        [labels.get(index, -1) for index in range(len(images))],
-        vae.affine,
-        stochastic=vae.stochastic,
-        draw=draw,
-        flip=flip,
-    )
 
 
 class Texts:
