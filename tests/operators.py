@@ -80,16 +80,21 @@ def _scan_ops() -> list[tuple[Any, tuple]]:
         inputs |= {} if D else {"D": None}
         return *inputs.values(), True, [False, True]
 
-    ops = scan.eager.OPERATORS
-    plain = [x.detach() if isinstance(x, Tensor) else x for x in args(True, True)]
-    states = [x.detach() if isinstance(x, Tensor) else x for x in args(False, False)]
-    return [
-        (ops.scan, args(True, True)),
-        (ops.scan, args(False, False)),
-        (ops.scan_backward, (torch.randn(2, 4, 7), *plain)),
-        (ops.scan_backward, (torch.randn(2, 4, 3, 7), *states)),
-        *([] if scan.native.unsupported(*plain) else [(scan.native.OPERATORS.scan, args(True, True))]),
-    ]
+    plain, states = (
+        [x.detach() if isinstance(x, Tensor) else x for x in args(*both)]
+        for both in ((True, True), (False, False))
+    )
+    made = []
+    for ops in (
+        backend.OPERATORS for backend in (scan.eager, scan.native) if not backend.unsupported(*plain)
+    ):
+        made += [
+            (ops.scan, args(True, True)),
+            (ops.scan, args(False, False)),
+            (ops.scan_backward, (torch.randn(2, 4, 7), *plain)),
+            (ops.scan_backward, (torch.randn(2, 4, 3, 7), *states)),
+        ]
+    return made
 
 
 def _sparse(

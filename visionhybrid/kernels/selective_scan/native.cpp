@@ -1,4 +1,4 @@
-// The selective scan on a CPU, each operand read or written once; `native.py` compiles and calls it.
+// The selective scan on a CPU, forward and backward, each operand read or written once; `native.py` compiles and calls it.
 //
 // W tokens stand in the lanes of a vector. Each step of the scan inside a vector doubles how far a state reaches,
 // (decay, h) <- (decay decay', h + decay h') with the pair 1, 2, 4, ... lanes before; then the state that entered the vector is
@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#include <vector>
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
@@ -94,6 +95,18 @@ V softplus(V x) {
     return (x < 0.0f ? V{} : x) + z * (high * (z4 * z2) + low);
 }
 
+// The derivative of softplus.
+V sigmoid(V x) {
+    V y = exp2((x < 0.0f ? x : -x) * LOG2E);
+    return (x < 0.0f ? y : all(1.0f)) / (y + 1.0f);
+}
+
+float sum(V x) {
+    float total = 0;
+    for (int i = 0; i < W; i++) total += x[i];
+    return total;
+}
+
 template <int K>
 void scan(V& decay, V& h) {
     if constexpr (K < W) {
@@ -149,40 +162,174 @@ void channel(const Channel& c) {
     if (whole * W < c.length) tile<REVERSE, false>(c, whole * W, 1);
 }
 
-}  // namespace
+template <bool REVERSE>
+V load(const float* row, int64_t t, int64_t length) {
+    return t + W <= length ? load<REVERSE, true>(row, t, length) : load<REVERSE, false>(row, t, length);
+}
+
+template <bool REVERSE>
+void store(float* row, int64_t t, int64_t length, V x) {
+    if (t + W <= length)
+        store<REVERSE, true>(row, t, length, x);
+    else
+        store<REVERSE, false>(row, t, length, x);
+}
+
+template <bool REVERSE>
+void add(float* row, int64_t t, int64_t length, V x) {
+    store<REVERSE>(row, t, length, load<REVERSE>(row, t, length) + x);
+}
+
+// What the gradient of one channel reads beside `Channel`, and where it goes: rows dB and dC are added to.
+struct Gradient {
+    const float* grad;
+    float *du, *ddelta, *dA, *dB, *dC, *dD, *dbias;
+};
+
+// Rows of one channel in the order of the scan, filled up with steps and inputs of 0 to whole vectors.
+struct Rows {
+    std::vector<V> u, dy, step, dstep, dentering, decay, h;
+    explicit Rows(int64_t n) : u(n), dy(n), step(n), dstep(n), dentering(n), decay(n + 1), h(n + 1) {}
+};
+
+// With l_t the gradient of state t, l_t = g_t + decay_{t+1} l_{t+1}: the same scan from the other end.
+template <bool REVERSE>
+void channel_backward(const Channel& c, const Gradient& to, Rows& rows) {
+    int64_t n = (c.length + W - 1) / W;
+    for (int64_t i = 0; i < n; i++) {
+        rows.u[i] = load<REVERSE>(c.u, i * W, c.length);
+        if (c.C) rows.dy[i] = load<REVERSE>(to.grad, i * W, c.length);
+        V step = load<REVERSE>(c.delta, i * W, c.length) + c.bias;
+        if (c.soft) step = softplus(step);
+        for (int64_t j = c.length - i * W; j < W; j++) step[j] = 0;
+        rows.step[i] = step;
+        rows.dstep[i] = rows.dentering[i] = V{};
+    }
+    for (int64_t s = 0; s < c.N; s++) {
+        const float *B = c.B + s * c.length, *C = c.C ? c.C + s * c.length : nullptr;
+        V carry{}, dA{};
+        // h stands one vector later than decay: zeros before its first state, and after the last decay.
+        rows.h[0] = rows.decay[n] = V{};
+        for (int64_t i = 0; i < n; i++) {
+            V decay = rows.decay[i] = exp2(rows.step[i] * (c.A[s] * LOG2E));
+            V h = rows.step[i] * rows.u[i] * load<REVERSE>(B, i * W, c.length);
+            scan<1>(decay, h);
+            h += decay * carry;
+            carry = last(h, Lanes{});
+            rows.h[i + 1] = h;
+            if (C) add<REVERSE>(to.dC + s * c.length, i * W, c.length, rows.dy[i] * h);
+        }
+        carry = V{};
+        for (int64_t i = n - 1; i >= 0; i--) {
+            V after, before, b = load<REVERSE>(B, i * W, c.length);
+            std::memcpy(&after, (const float*)(rows.decay.data() + i) + 1, sizeof after);
+            std::memcpy(&before, (const float*)(rows.h.data() + i + 1) - 1, sizeof before);
+            V g = C ? rows.dy[i] * load<REVERSE>(C, i * W, c.length)
+                    : load<REVERSE>(to.grad + s * c.length, i * W, c.length);
+            after = turned(after, Lanes{});
+            g = turned(g, Lanes{});
+            scan<1>(after, g);
+            g += after * carry;
+            carry = last(g, Lanes{});
+            V l = turned(g, Lanes{}), carried = l * rows.decay[i] * before;
+            dA += carried * rows.step[i];
+            add<REVERSE>(to.dB + s * c.length, i * W, c.length, l * rows.step[i] * rows.u[i]);
+            rows.dstep[i] += carried * c.A[s];
+            rows.dentering[i] += l * b;
+        }
+        to.dA[s] = sum(dA);
+    }
+    V dD{}, dbias{};
+    for (int64_t i = 0; i < n; i++) {
+        V ddelta = rows.dstep[i] + rows.dentering[i] * rows.u[i];
+        if (c.soft) ddelta *= sigmoid(load<REVERSE>(c.delta, i * W, c.length) + c.bias);
+        V du = rows.dentering[i] * rows.step[i];
+        if (c.C) du += rows.dy[i] * c.D, dD += rows.dy[i] * rows.u[i];
+        dbias += ddelta;
+        store<REVERSE>(to.du, i * W, c.length, du);
+        store<REVERSE>(to.ddelta, i * W, c.length, ddelta);
+    }
+    *to.dD = sum(dD);
+    *to.dbias = sum(dbias);
+}
+
+// While it lives, numbers below 2^-126 are 0: Intel takes a hundred cycles for each, and states decay through them.
+struct Flush {
+#if defined(__SSE__)
+    unsigned mode = _mm_getcsr();
+    Flush() { _mm_setcsr(mode | 0x8040); }
+    ~Flush() { _mm_setcsr(mode); }
+#endif
+};
 
 // Contiguous float32: u, delta (batch, channels, length); A (channels, N); B, C (batch, groups, N, length); D, bias (channels);
-// reverse: a byte a group; h: room for (batch, channels, N). C, D and bias may be null.
-extern "C" void selective_scan(const float* u, const float* delta, const float* A, const float* B, const float* C,
-                               const float* D, const float* bias, const uint8_t* reverse, float* h, float* out,
-                               int64_t threads, int64_t soft, int64_t batch, int64_t channels, int64_t groups, int64_t N,
-                               int64_t length) {
+// reverse: a byte a group. C, D and bias may be null.
+struct Scans {
+    const float *u, *delta, *A, *B, *C, *D, *bias;
+    const uint8_t* reverse;
+    int64_t soft, batch, channels, groups, N, length;
+
+    int64_t group(int64_t row) const { return row % channels / (channels / groups); }
+
+    Channel channel(int64_t row, float* h, float* out) const {
+        int64_t c = row % channels, shared = (row / channels * groups + group(row)) * N * length;
+        return {u + row * length,
+                delta + row * length,
+                A + c * N,
+                B + shared,
+                C ? C + shared : nullptr,
+                D ? D[c] : 0.0f,
+                bias ? bias[c] : 0.0f,
+                soft != 0,
+                N,
+                length,
+                h,
+                out};
+    }
+};
+
+}  // namespace
+
+// h: room for (batch, channels, N).
+extern "C" void selective_scan(const Scans* scans, int64_t threads, float* h, float* out) {
+    const Scans& s = *scans;
 #pragma omp parallel num_threads(threads)
     {
-#if defined(__SSE__)
-        // States that decay below 2^-126 become 0: Intel takes a hundred cycles for each such number.
-        unsigned mode = _mm_getcsr();
-        _mm_setcsr(mode | 0x8040);
-#endif
+        Flush flush;
 #pragma omp for
-        for (int64_t row = 0; row < batch * channels; row++) {
-            int64_t b = row / channels, c = row % channels, g = c / (channels / groups), shared = (b * groups + g) * N * length;
-            Channel one{u + row * length,
-                        delta + row * length,
-                        A + c * N,
-                        B + shared,
-                        C ? C + shared : nullptr,
-                        D ? D[c] : 0.0f,
-                        bias ? bias[c] : 0.0f,
-                        soft != 0,
-                        N,
-                        length,
-                        h + row * N,
-                        out + row * length * (C ? 1 : N)};
-            (reverse[g] ? channel<true> : channel<false>)(one);
+        for (int64_t row = 0; row < s.batch * s.channels; row++) {
+            Channel c = s.channel(row, h + row * s.N, out + row * s.length * (s.C ? 1 : s.N));
+            (s.reverse[s.group(row)] ? channel<true> : channel<false>)(c);
         }
-#if defined(__SSE__)
-        _mm_setcsr(mode);
-#endif
+    }
+}
+
+// dA (batch, channels, N); dD, dbias (batch, channels); dB, dC (batch, groups, parts, N, length), zeros: the channels of a group
+// are split into `parts`, each of which adds into rows of its own, in the same order whatever the number of threads.
+extern "C" void selective_scan_backward(const Scans* scans, int64_t threads, int64_t parts, const float* grad, float* du,
+                                        float* ddelta, float* dA, float* dB, float* dC, float* dD, float* dbias) {
+    const Scans& s = *scans;
+    int64_t per_group = s.channels / s.groups, shared = s.N * s.length;
+#pragma omp parallel num_threads(threads)
+    {
+        Flush flush;
+        Rows rows((s.length + W - 1) / W);
+#pragma omp for
+        for (int64_t item = 0; item < s.batch * s.groups * parts; item++) {
+            int64_t first = item / parts * per_group, part = item % parts;
+            for (int64_t i = per_group * part / parts; i < per_group * (part + 1) / parts; i++) {
+                int64_t row = first + i;
+                Gradient to{grad + row * s.length * (s.C ? 1 : s.N),
+                            du + row * s.length,
+                            ddelta + row * s.length,
+                            dA + row * s.N,
+                            dB + item * shared,
+                            s.C ? dC + item * shared : nullptr,
+                            dD + row,
+                            dbias + row};
+                Channel c = s.channel(row, nullptr, nullptr);
+                (s.reverse[s.group(row)] ? channel_backward<true> : channel_backward<false>)(c, to, rows);
+            }
+        }
     }
 }
