@@ -34,11 +34,11 @@ MODELS = {
     "sd3": (["clear", "linear"], UNEVEN),
     "cogvideox": (["window", "softmax"], UNEVEN),
     "hunyuan_video": (["linfusion", "sla"], UNEVEN),
-    "unet": (["linfusion", "agent"], RING),
+    "unet": (["linfusion", "lina", "agent"], RING),
     "dit": (["window"], RING),
     "pixart": (["clear"], RING),
     "sana": (["linear", "sla"], RING),
-    "mlp": (["linear", "clear"], RING),
+    "mlp": (["linear", "lina", "clear"], RING),
     "mix_ffn": (["linear"], RING),
 }
 PIPELINES = {"flux": tiny_transformers.flux, "wan": tiny_transformers.wan, "sd15": tiny_pipelines.sd15}

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from mixing import SAMPLES
+from mixing import SAMPLES, Sample
 
 from visionhybrid import mixers
 from visionhybrid.kernels.linear_attention.ops import AllReduce
@@ -47,7 +47,11 @@ def work(rank, world, folder):
         lambda x, counts, *args: sent.append(sum(counts) - counts[rank]) or run(x, counts, *args)
     )
     AllReduce.total = staticmethod(lambda x, group: sent.append(x.numel()) or total(x, group))
-    for name, sample in SAMPLES.items():
+    gates = torch.Size(grid).numel()
+    for name, sample in {
+        **SAMPLES,
+        "gates": Sample(name="lina", definition=None, options=dict(conv=0, gates=gates)),
+    }.items():
         torch.manual_seed(0)
         mixer = mixers.create(sample.name, dim=HEADS * WIDTH, heads=HEADS, head_dim=WIDTH, **sample.options)
         mixer = mixer.double()
@@ -56,7 +60,7 @@ def work(rank, world, folder):
         about = mixer.about
         if type(mixer).sharded is mixers.Mixer.sharded or (about.grids and len(grid) not in about.grids):
             continue
-        for text in (0, TEXT):
+        for text in (0,) if name == "gates" else (0, TEXT):  # those are of so many tokens
             tokens = text + torch.Size(grid).numel()
             *whole, cotangent = (
                 torch.randn(2, HEADS, tokens, WIDTH, dtype=torch.float64, generator=draw) for _ in range(4)
@@ -72,11 +76,25 @@ def work(rank, world, folder):
                     shared(group, mixer, whole, cotangent, grid, text, metric=metric)
             except Exception as error:
                 raise AssertionError(f"{name} {grid} {text}") from error
+    beside(group, grid, draw)
     traffic(group, sent, draw)
     # See test_sparse_linear_distributed.py: wait, then leave without gloo's own ending.
     torch.distributed.barrier()
     time.sleep(0.5)
     os._exit(0)
+
+
+def beside(group, grid, draw):
+    """What LINA adds of the hidden states."""
+    mixer = mixers.create("lina", dim=6, heads=2, head_dim=3, conv=3).double()
+    torch.distributed.broadcast(mixer.dw_conv.weight.data, 0)
+    torch.distributed.broadcast(mixer.dw_conv.bias.data, 0)
+    x = torch.randn(2, TEXT + torch.Size(grid).numel(), 6, dtype=torch.float64, generator=draw)
+    want = mixer.beside(x, grid=grid, text_tokens=TEXT)
+    shards = sharding.Shards(group, grid, TEXT)
+    got = mixer.beside(shards.own(x), grid=grid, text_tokens=TEXT, group=group)
+    torch.testing.assert_close(got, shards.own(want))
+    assert want[:, TEXT:].abs().min() > 0
 
 
 def traffic(group, sent, draw):

@@ -47,7 +47,7 @@ class MixedAttention(nn.Module):
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, D)
         out = mix(self.mixer, q, k, v, grid=grid, group=group).transpose(1, 2).flatten(2)
         if hasattr(self.mixer, "beside"):
-            out = out + self.mixer.beside(x, grid=grid)
+            out = out + self.mixer.beside(x, grid=grid, group=group)
         return self.to_out(out)
 
 

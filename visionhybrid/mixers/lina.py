@@ -12,10 +12,12 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from visionhybrid.kernels.linear_attention import linear_attention
-from visionhybrid.mixers.base import Cost, Mixer, linear_cost
+from visionhybrid.mixers.base import Cost, Halo, Mixer, linear_cost
 from visionhybrid.mixers.registry import register
+from visionhybrid.mixers.sharding import Shards
 
 EPS = 1e-6  # of the features and of the normaliser, beside a mean
 
@@ -65,26 +67,67 @@ class Lina(Mixer):
         key_mask: Tensor | None = None,
     ) -> Tensor:
         self.check(q, k, v, grid, text_tokens)
-        q, k = (x.relu() + EPS for x in (q, k))
-        if self.key_scale is not None and self.value_scale is not None:
-            if self.key_scale.shape[2] != k.shape[2]:
-                raise ValueError(
-                    f"lina: has gates for {self.key_scale.shape[2]} tokens, got {k.shape[2]}; gates=0 takes any"
-                )
-            k, v = k * self.key_scale.to(k.dtype), v * self.value_scale.to(v.dtype)
-        return linear_attention(q, k, v, feature_map="identity", norm="fbla", eps=EPS, key_mask=key_mask)
+        return self._attend(q, k, v, self._gates(q.shape[2]), key_mask)
 
-    def beside(self, x: Tensor, *, grid: Sequence[int], text_tokens: int = 0) -> Tensor:
-        """What the hidden states (B, N, dim) add to the output before the projection, of the same shape."""
-        text, image = x.tensor_split([text_tokens], dim=1)
+    def sharded(
+        self, q: Tensor, k: Tensor, v: Tensor, *, shards: Shards, key_mask: Tensor | None = None
+    ) -> Tensor:
+        gates = [shards.own(gate, 2) for gate in self._gates(shards.text_tokens + prod(shards.grid))]
+        own = None if key_mask is None else shards.own(key_mask)
+        return self._attend(q, k, v, gates, own, shards.group)
+
+    def _gates(self, tokens: int) -> list[Tensor]:
+        """Of so many keys and values; empty if there are none."""
+        if self.key_scale is None or self.value_scale is None:
+            return []
+        if self.key_scale.shape[2] != tokens:
+            raise ValueError(
+                f"lina: has gates for {self.key_scale.shape[2]} tokens, got {tokens}; gates=0 takes any"
+            )
+        return [self.key_scale, self.value_scale]
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Sequence[Tensor],
+        key_mask: Tensor | None,
+        group: ProcessGroup | None = None,
+    ) -> Tensor:
+        q, k = (x.relu() + EPS for x in (q, k))
+        if gates:
+            k, v = (x * gate.to(x.dtype) for x, gate in zip((k, v), gates, strict=True))
+        options = dict(feature_map="identity", norm="fbla", eps=EPS)
+        return linear_attention(q, k, v, key_mask=key_mask, group=group, **options)
+
+    def beside(
+        self, x: Tensor, *, grid: Sequence[int], text_tokens: int = 0, group: ProcessGroup | None = None
+    ) -> Tensor:
+        """What the hidden states (B, N, dim) add to the output before the projection, of the same shape.
+
+        Where ranks share the sequence over `group`, x is this rank's and the numbers are the whole's; see `sharding.mix`.
+        """
         if self.dw_conv is None:
             return torch.zeros_like(x)
-        maps = (
-            image.unflatten(1, (-1, *grid[-2:])).flatten(0, 1).permute(0, 3, 1, 2)
-        )  # (B * frames, dim, H, W)
-        local = self.dw_conv(maps.to(self.dw_conv.weight.dtype)).to(x.dtype)
-        local = local.permute(0, 2, 3, 1).reshape(image.shape)
-        return torch.cat([torch.zeros_like(text), local], 1) if text_tokens else local
+        if group is None:
+            text, image = x.tensor_split([text_tokens], dim=1)
+            local = self._convolve(image, grid)
+        else:
+            shards = Shards(group, tuple(grid), text_tokens)
+            text, image = shards.parts(x, 1)
+            reach = self.dw_conv.kernel_size[0] // 2 if len(grid) == 2 else 0  # along frames it has none
+            around, own = shards.around(image.unsqueeze(1), Halo(reach))
+            local = self._convolve(around.squeeze(1), grid)[:, own]
+        return torch.cat([torch.zeros_like(text), local], 1)
+
+    def _convolve(self, image: Tensor, grid: Sequence[int]) -> Tensor:
+        """(B, tokens of whole rows or frames, dim) -> the same."""
+        assert self.dw_conv is not None
+        rows = image.shape[1] // grid[1] if len(grid) == 2 else grid[1]
+        maps = image.unflatten(1, (-1, rows, grid[-1])).flatten(0, 1)  # (B * frames, H, W, dim)
+        local = self.dw_conv(maps.permute(0, 3, 1, 2).to(self.dw_conv.weight.dtype)).to(image.dtype)
+        return local.permute(0, 2, 3, 1).reshape(image.shape)
 
     def cost(self, *, grid: Sequence[int], text_tokens: int = 0, bytes_per: int = 2) -> Cost:
         tokens = text_tokens + prod(grid)

@@ -94,7 +94,7 @@ class MixerProcessor:
         extra = {} if metric is None else {"metric": metric}
         out = mix(mixer, q, k, v, grid=grid, group=group, **extra).transpose(1, 2).flatten(2)
         if hasattr(mixer, "beside"):
-            out = out + mixer.beside(x, grid=grid)
+            out = out + mixer.beside(x, grid=grid, group=group)
 
         for layer in attn.to_out:
             out = layer(out)
