@@ -1,6 +1,7 @@
 """Grafting: other mixers in a trained generator, phase by phase."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,11 +15,9 @@ from visionhybrid.train.config import (
     Augment,
     Classification,
     ConfigError,
-    GraftClassifier,
     Images,
     Loop,
     Model,
-    Optim,
     Phase,
 )
 from visionhybrid.train.grafting import graft
@@ -142,16 +141,16 @@ def test_the_changed_layers_are_told_by_mixer_and_options(teacher):
 
 
 def classifier(*words):
-    """A vision transformer of two blocks for the digits."""
+    """The recipe for a vision transformer, of two blocks for the digits."""
     options = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
-    config = GraftClassifier(
-        name="vit_digits",
+    recipe = find("vit_small_in1k_linear")
+    config = replace(
+        recipe,
         model=Model(name="vit_tiny_patch16_224", options=options),
-        optim=Optim(lr=1e-3),
+        schedule=replace(recipe.schedule, warmup=0),
         loop=Loop(batch_size=16, steps=1, workers=0, log_every=1, tensorboard=False),
         data=Images(dataset="digits", num_classes=10, image_size=32),
         augment=Augment(mean=(0.5,), std=(0.5,), flip=0.0, scale=(0.9, 1.0), crop=1.0),
-        mixer="linear",
         alone=Phase(steps=12, lr=1e-2),
         whole=Phase(steps=2, lr=1e-3),
     )

@@ -15,7 +15,10 @@ from visionhybrid.cli.training import Changes
 
 @command(
     "  visionhybrid graft hybrid_dit_digits_linfusion teacher=runs/hybrid_dit_digits\n"
-    "  visionhybrid graft hybrid_dit_digits_sla mixer_options.topk=0.5 budget=0.01 --out runs/sla"
+    "  visionhybrid graft hybrid_dit_digits_sla mixer_options.topk=0.5 budget=0.01 --out runs/sla\n"
+    "  visionhybrid graft linfusion_sd15 model.pipeline=stable-diffusion-v1-5/stable-diffusion-v1-5 data.root=/data/laion\n"
+    "  visionhybrid graft vit_small_in1k_linear model.options.pretrained=true data.root=/data/imagenet\n"
+    "  accelerate launch -m visionhybrid.train linfusion_sd15 ...      (the same on every GPU)"
 )
 def graft(
     recipe: Annotated[
@@ -28,7 +31,7 @@ def graft(
     ] = None,
     progress: Progress = True,
 ) -> None:
-    """Put other mixers into a trained generator and train them to imitate it; says what each layer costs and saves."""
+    """Put other mixers into a trained model and train them to imitate it; says what each layer costs and saves."""
     from visionhybrid.train import find, override
     from visionhybrid.train.grafting import graft as run
 

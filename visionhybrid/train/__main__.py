@@ -7,7 +7,7 @@ from pathlib import Path
 
 USAGE = """usage: python -m visionhybrid.train RECIPE [field=value ...] [--out DIR] [--dry-run] [--fresh]
 
-RECIPE    a recipe's name, file.py:function, or the config.json of an earlier run
+RECIPE    a recipe's name, file.py:function, or the config.json of an earlier run; of a graft, all its phases
 --out     run directory (default runs/RECIPE); a run found there is continued
 --dry-run one step of every phase and a memory estimate, nothing kept
 --fresh   refuse to continue a run"""
@@ -47,7 +47,8 @@ def train(
     recipe: str, changes: list[str], out: str | None = None, *, dry_run: bool = False, fresh: bool = False
 ) -> int:
     """What the command does, errors as one line on standard error; shared with `visionhybrid train`."""
-    from visionhybrid.train.config import ConfigError, diff, override
+    from visionhybrid.train.config import ConfigError, Grafting, diff, override
+    from visionhybrid.train.grafting import graft
     from visionhybrid.train.guard import DivergedError
     from visionhybrid.train.loop import Interrupted, MemoryLimitError
     from visionhybrid.train.recipes import find
@@ -59,7 +60,11 @@ def train(
         config = override(base, changes)
         for line in diff(config, base):
             _say(f"  {line}")
-        run(config, Path(out or Path("runs") / config.name), dry_run=dry_run, resume=not fresh)
+        where = Path(out or Path("runs") / config.name)
+        if isinstance(config, Grafting) and not dry_run:
+            graft(config, where)
+        else:
+            run(config, where, dry_run=dry_run, resume=not fresh)
     except (ConfigError, ValueError, ImportError) as error:
         _say(f"error: {error}")
         return 2

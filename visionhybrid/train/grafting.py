@@ -11,6 +11,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 import visionhybrid
@@ -50,7 +52,8 @@ class GraftReport:
 def graft(config: Config | str, out: str | Path, *, progress: bool = True) -> GraftReport:
     """Run the phases of `config` in `out`/alone, /whole and /tune; the same call continues where it was stopped.
 
-    Writes `out`/report.json and report.md. The grafted model is that of the last phase (`weights`).
+    Writes `out`/report.json and report.md. The grafted model is that of the last phase (`weights`). Under `accelerate launch` every
+    process calls it, as it does `session.run`.
 
     Raises: ConfigError, ValueError: see `session.run`; no phase has steps.
     """
@@ -76,6 +79,7 @@ def graft(config: Config | str, out: str | Path, *, progress: bool = True) -> Gr
             optim=replace(config.optim, lr=phase.lr),
         )
         done = run(this, out / name, progress=progress)
+        PartialState().wait_for_everyone()  # one process writes what all go on with
         student = str(out / name)
     if not layers:
         student, layers = _choose(grafts, student, out)
@@ -86,8 +90,9 @@ def graft(config: Config | str, out: str | Path, *, progress: bool = True) -> Gr
         weights=student if student != str(out / phases[-1]) else done["weights"],
         seconds=time.monotonic() - started,
     )
-    state.write_text(out / "report.json", json.dumps(asdict(report), indent=1) + "\n")
-    state.write_text(out / "report.md", _page(config, report))
+    if PartialState().is_main_process:
+        state.write_text(out / "report.json", json.dumps(asdict(report), indent=1) + "\n")
+        state.write_text(out / "report.md", _page(config, report))
     return report
 
 
@@ -102,6 +107,8 @@ def _choose(grafts: Any, start: str, out: Path) -> tuple[str, list[LayerReport]]
     kept = {layer.name for layer in measured}
     if config.budget is not None:
         kept = _within(config.budget, student, teacher, inputs, measured)
+    measured, kept = broadcast_object_list([measured, kept])  # of the first process; times differ
+    if config.budget is not None:
         if not kept:
             raise ConfigError(
                 f"budget: {config.budget} is less than any layer costs, at least "
@@ -109,7 +116,10 @@ def _choose(grafts: Any, start: str, out: Path) -> tuple[str, list[LayerReport]]
             )
         if len(kept) < len(measured):
             start = str(out / "chosen")
-            grafts.release(grafts.only(kept, student), Path(start), {"layers": sorted(kept)})
+            if PartialState().is_main_process:
+                out.mkdir(parents=True, exist_ok=True)
+                grafts.release(grafts.only(kept, student), Path(start), {"layers": sorted(kept)})
+            PartialState().wait_for_everyone()
     return start, [replace(layer, kept=layer.name in kept) for layer in measured]
 
 
