@@ -51,7 +51,7 @@ def join_heads(first: Tensor, second: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, rpb: Tensor, kernel_size: int, dilation: list[int], scale: float) -> Tensor:
     """P of every pixel for its K x K neighbours, for `gather` alone: q, k (B, heads, H, W, D).
 
-    Compact (B, heads, H, W, K * K); in eager inference on a CPU dense by tile (`kernels.neighborhood_attention.shared`).
+    Compact (B, heads, H, W, K * K); in eager mode on a CPU dense by tile (`kernels.neighborhood_attention.shared`).
     """
     window = [kernel_size, kernel_size]
     if torch.jit.is_scripting():
@@ -288,7 +288,7 @@ class GlobalMixer(Mixer):
         return join_heads(first, second).to(self.proj.weight.dtype)
 
 
-_RESIZED = WeakTensorKeyDictionary()  # table -> (its state and size, the same resized)
+_RESIZED: Any = WeakTensorKeyDictionary()  # table -> (its state and size, the same resized)
 
 
 def resized(table: Tensor, tokens: int) -> Tensor:
