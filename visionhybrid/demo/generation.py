@@ -96,8 +96,9 @@ def learn_generation(out: Path, *, seed: int = 0, quick: bool = False, progress:
     judge = Judging(out / "digits", quick=quick)
     watch = (f"sampling.judge={out / 'digits'}", f"sampling.judged={1 if quick else WATCHED}")
     watch += ("sampling.steps=2", "sampling.each=1") if quick else ()
+    small = ("model.options.num_layers=1",) if quick else ()
     config, result = train(
-        RECIPE, out / "generator", seed=seed, quick=quick, progress=progress, changes=watch
+        RECIPE, out / "generator", seed=seed, quick=quick, progress=progress, changes=watch + small
     )
     pipe = _opened(result["weights"])
     sheet, seconds = judge.draw(pipe, config, seed)
