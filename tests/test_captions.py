@@ -15,6 +15,7 @@ from train_case import outcome
 
 import visionhybrid
 from visionhybrid.data.captions import open_captions
+from visionhybrid.diffusion.denoisers import StableDiffusion
 from visionhybrid.train import find, override, run, validate
 from visionhybrid.train.config import (
     Cache,
@@ -265,13 +266,19 @@ def test_a_step_is_told_its_caption_or_nothing(sd15, data, tmp_path):
 def test_captions_are_encoded_once(sd15, data, tmp_path, monkeypatch):
     config = tuned(sd15, data, tmp_path / "cache", "cache.precision=float16")
     first = Generate(config)
-    monkeypatch.setattr(
-        "visionhybrid.diffusion.denoisers.StableDiffusion.encode", lambda *_: pytest.fail("encoded again")
-    )
+    monkeypatch.setattr(StableDiffusion, "encode", lambda *_: pytest.fail("encoded again"))
     again = Generate(config)
     for a, b in zip(first.train_set.texts[0].values(), again.train_set.texts[0].values(), strict=True):
         assert torch.equal(a, b)
         assert a.dtype == torch.float32
+
+
+def test_what_half_precision_cannot_hold_is_not_kept(sd15, data, tmp_path, monkeypatch):
+    encode = StableDiffusion.encode
+    monkeypatch.setattr(StableDiffusion, "encode", lambda *args: {"text": 1e6 * encode(*args)["text"]})
+    with pytest.raises(ValueError, match=r"cache\.precision: text of an encoder is not finite in float16"):
+        Generate(tuned(sd15, data, tmp_path / "cache", "cache.precision=float16"))
+    assert not list((tmp_path / "cache").glob("captions-*/*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -286,6 +293,8 @@ def test_captions_are_encoded_once(sd15, data, tmp_path, monkeypatch):
         ("sampling.judge=somewhere", r"sampling\.judge: judges images of classes"),
         ("text.max_length=5", "texts of one length"),
         ("text.hold_out=1", r"text\.hold_out"),
+        ("cache.batch=0", r"cache\.batch: expected 1 or more, got 0"),
+        ("text.hold_out=-1", r"text\.hold_out: expected 0 or more, got -1"),
         ("model.start_strict=false", r"model\.start_strict"),
         ("model.start=/nowhere", "/nowhere: no pipeline"),
     ],

@@ -58,7 +58,7 @@ class _Images:
 
     def __init__(self, images: LabelledImages, vae: Autoencoder, size: int, cache: Cache, views: int) -> None:
         self.images, self.vae, self.cut, self.views = images, vae, Cut(size), views
-        self.precision = cache.precision
+        self.cache = cache
         facts = {
             "kind": "latents",
             "vae": vae.fingerprint(),
@@ -104,18 +104,12 @@ class _Images:
     def encode(self, batch: list[Any]) -> list[Row]:
         pixels = torch.stack([self.cut(image) for image in batch]).to(self.vae.net.device)
         both = [pixels, pixels.flip(3)][: self.views]
-        moments = torch.stack([self.vae.moments(view) for view in both], 1)  # (B, views, C, h, w)
-        moments = moments.to(DTYPES[self.precision])
-        if not moments.isfinite().all():
-            raise ValueError(f"latent.vae: its latents are not finite in {self.precision}")
-        return [
-            {
-                "moments": row,
-                "size": torch.tensor(image.size[::-1]),
-                "corner": torch.tensor(self.cut.corner(image)),
-            }
-            for row, image in zip(moments, batch, strict=True)
-        ]
+        found = {
+            "moments": torch.stack([self.vae.moments(view) for view in both], 1),  # (B, views, C, h, w)
+            "size": torch.tensor([image.size[::-1] for image in batch]),
+            "corner": torch.tensor([self.cut.corner(image) for image in batch]),
+        }
+        return _rows(found, self.cache)
 
 
 class Texts:
@@ -148,16 +142,12 @@ def encode_captions(
     store = Store(cache.folder, {"kind": "captions", "precision": cache.precision, **facts})
     notes += store.scan()
     keys = [digest(b"caption", text.encode()) for text in captions] + [digest(b"nothing")]
-    dtype = DTYPES[cache.precision]
-
-    def rows(found: Row) -> list[Row]:
-        found = {n: v.to(dtype) if v.is_floating_point() else v.long() for n, v in found.items()}
-        return [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
 
     def work(batch: list[Any]) -> list[Row]:
         texts = [text for text in batch if text is not None]
-        done = rows(encode(texts)) if texts else []
-        return done + (rows(nothing()) if len(texts) < len(batch) else [])
+        parts = [encode(texts)] if texts else []
+        parts += [nothing()] if len(texts) < len(batch) else []
+        return [row for part in parts for row in _rows(part, cache)]
 
     first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
     wanted = [index for key, index in first.items() if key not in store]
@@ -172,6 +162,15 @@ def encode_captions(
         what="encoding captions",
     )
     return Texts(store.rows(keys))
+
+
+def _rows(found: Row, cache: Cache) -> list[Row]:
+    """Tensors with a row for each -> their rows, as they are stored."""
+    dtype = DTYPES[cache.precision]
+    kept = {name: v.to(dtype) if v.is_floating_point() else v.long() for name, v in found.items()}
+    if bad := [name for name, value in kept.items() if not value.isfinite().all()]:
+        raise ValueError(f"cache.precision: {bad[0]} of an encoder is not finite in {cache.precision}")
+    return [dict(zip(kept, values, strict=True)) for values in zip(*kept.values(), strict=True)]
 
 
 def fill(

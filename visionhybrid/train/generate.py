@@ -287,7 +287,7 @@ class Generate:
         if not self.generator.draws:
             return []
         sampling, classes = self.config.sampling, self.config.data.num_classes
-        wanted: Sequence[Any] = self.prompts or range(classes) or [0] * sampling.classes
+        wanted: Sequence[Any] = self.prompts or range(classes) or [0]
         names = self.prompts or self.train_set.classes or tuple(map(str, range(classes)))
         rows, seeds = wanted[: sampling.classes], [mix(0, "sheet", column) for column in range(sampling.each)]
         if not rows or not seeds:

@@ -33,6 +33,7 @@ def open_generator(config: Generation) -> NewModel | OfPipeline:
         raise ConfigError(
             f"model.name: a generator is 'pipeline', {', '.join(map(repr, MODELS))}, got {name!r}"
         )
+    _check_numbers(config)
     if config.data.dataset == "encoded" and pipeline:
         from visionhybrid.train.encoded import OfEncoded  # it stands on this file
 
@@ -231,6 +232,17 @@ class OfPipeline:
                 for part in others:  # the memory is the training's
                     part.to("cpu")
         return found.images.cpu()
+
+
+def _check_numbers(config: Generation) -> None:
+    for field, value, least in (
+        ("cache.batch", config.cache.batch, 1),
+        ("text.hold_out", config.text.hold_out, 0),
+        ("text.max_length", config.text.max_length, 0),
+        ("model.lora", config.model.lora, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"{field}: expected {least} or more, got {value}")
 
 
 def _vae(config: Generation) -> Any:
