@@ -37,13 +37,12 @@ class _Scans(ctypes.Structure):
 
 def scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse):
     """As in `eager.py`."""
-    out = ops.result(u, A, C)
-    written = torch.empty_like(out, dtype=torch.float32)
-    states = u.new_empty(*u.shape[:2], A.shape[1], dtype=torch.float32)
     scans = _Scans(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
+    out = ops.result(scans.held[0], A, C)
+    states = u.new_empty(*u.shape[:2], A.shape[1], dtype=torch.float32)
     run = compiler.library(SOURCE).selective_scan
-    run(ctypes.byref(scans), ctypes.c_int64(torch.get_num_threads()), address(states), address(written))
-    return written.to(out.dtype)
+    run(ctypes.byref(scans), ctypes.c_int64(torch.get_num_threads()), address(states), address(out))
+    return out if C is None else out.to(u.dtype)
 
 
 def scan_backward(grad, u, delta, A, B, C, D, delta_bias, delta_softplus, reverse):
