@@ -15,6 +15,7 @@ from visionhybrid.train.config import (
     Augment,
     Classification,
     ConfigError,
+    Generator,
     Images,
     Loop,
     Model,
@@ -135,6 +136,32 @@ def test_the_changed_layers_are_told_by_mixer_and_options(teacher):
     assert task.changed(student) == []
     visionhybrid.attach(student, "linfusion", layers="blocks.0")
     assert task.changed(student) == ["blocks.0.attn"]
+
+
+# ---- diffusers' own models
+DIFFUSERS = {
+    "dit": dict(num_layers=1, num_attention_heads=2, attention_head_dim=8, patch_size=2),
+    "unet": dict(
+        block_out_channels=[8, 8],
+        norm_num_groups=4,
+        layers_per_block=1,
+        attention_head_dim=4,
+        down_block_types=["AttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "AttnUpBlock2D"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_models_of_diffusers_are_grafted_and_opened_again(name, tmp_path):
+    model = Generator(name=name, options=DIFFUSERS[name])
+    base = override(replace(find("hybrid_dit_digits"), model=model), [*TINY, "loop.steps=1"])
+    run(base, tmp_path / "teacher", progress=False)
+    config = replace(recipe(tmp_path / "teacher", "alone.steps=1", "whole.steps=1"), model=model)
+    report = graft(config, tmp_path / "graft", progress=False)
+    assert report.student["distance"] > 0
+    student = GraftGenerator(config).open(tmp_path / "graft" / "whole")
+    assert [row.name for row in visionhybrid.describe(student).mixed] == [x.name for x in report.layers]
 
 
 # ---- a classifier of timm

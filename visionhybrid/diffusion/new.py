@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from diffusers import DiTTransformer2DModel, UNet2DModel
 
 from visionhybrid.diffusion.hybrid_dit import HybridDiT
 from visionhybrid.diffusion.pipeline import HybridDiTPipeline, UNetPipeline
+from visionhybrid.hosts.diffusers import models
 
 # name -> model, and the pipeline that draws with it
 MODELS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -15,6 +18,14 @@ MODELS: dict[str, tuple[type[Any], type[Any]]] = {
     "dit": (DiTTransformer2DModel, HybridDiTPipeline),
     "unet": (UNet2DModel, UNetPipeline),
 }
+
+
+def open_model(name: str, folder: Path) -> Any:
+    """The model saved in `folder`, with the mixers it has; safetensors only."""
+    kind = MODELS[name][0]
+    if "visionhybrid" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        kind = getattr(models, kind.__name__)  # diffusers' own class would lose the mixers
+    return kind.from_pretrained(folder, use_safetensors=True)
 
 
 def create(

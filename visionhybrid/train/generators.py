@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from visionhybrid.diffusion import lora
 from visionhybrid.diffusion.autoencoder import Autoencoder, open_autoencoder
 from visionhybrid.diffusion.denoisers import Inputs, family_of, open_any
-from visionhybrid.diffusion.new import MODELS, create
+from visionhybrid.diffusion.new import MODELS, create, open_model
 from visionhybrid.train.config import ConfigError, Generation, Sampling
 
 RELEASED = "pipeline"  # a diffusers folder in the run directory
@@ -87,7 +87,7 @@ class NewModel:
         path, part = Path(path), self.pipeline_kind.part
         for folder in (path / RELEASED / part, path / part, path):
             if (folder / "config.json").is_file() and not (folder / RELEASED).is_dir():
-                return self.kind.from_pretrained(folder, use_safetensors=True).eval()
+                return open_model(self.config.model.name, folder).eval()
         raise ConfigError(
             f"{path}: no {self.kind.__name__}; give a run directory, its {RELEASED} folder, or a diffusers folder"
         )

@@ -60,23 +60,23 @@ def graft(config: Config | str, out: str | Path, *, progress: bool = True) -> Gr
     found: Any = recipes.find(config) if isinstance(config, str) else check(config)
     if not isinstance(found, Grafting):
         raise ConfigError(f"graft: {found.name} is a recipe for {found.task}, not for grafting")
-    config, out, started = found, Path(out), time.monotonic()
-    phases = [name for name in PHASES if getattr(config, name).steps]
+    out, started = Path(out), time.monotonic()
+    phases = [name for name in PHASES if getattr(found, name).steps]
     if not phases:
         raise ConfigError("graft: alone.steps, whole.steps and tune.steps are all 0")
-    grafts: Any = task.build(config)
-    student, layers, done = config.student, list[LayerReport](), dict[str, Any]()
+    grafts: Any = task.build(found)
+    student, layers, done = found.student, list[LayerReport](), dict[str, Any]()
     for name in phases:
         if name != "alone" and not layers:
             student, layers = _choose(grafts, student, out)
-        phase = getattr(config, name)
+        phase = getattr(found, name)
         this = replace(
-            config,
-            name=f"{config.name}_{name}",
+            found,
+            name=f"{found.name}_{name}",
             phase=name,
             student=student,
-            loop=replace(config.loop, steps=phase.steps, epochs=None),
-            optim=replace(config.optim, lr=phase.lr),
+            loop=replace(found.loop, steps=phase.steps, epochs=None),
+            optim=replace(found.optim, lr=phase.lr),
         )
         done = run(this, out / name, progress=progress)
         PartialState().wait_for_everyone()  # one process writes what all go on with
@@ -85,14 +85,14 @@ def graft(config: Config | str, out: str | Path, *, progress: bool = True) -> Gr
         student, layers = _choose(grafts, student, out)
     report = GraftReport(
         layers=layers,
-        teacher=validate(grafts.teacher, config, progress=False),
-        student=validate(grafts.open(student), config, progress=False),
+        teacher=validate(grafts.teacher, found, progress=False),
+        student=validate(grafts.open(student), found, progress=False),
         weights=student if student != str(out / phases[-1]) else done["weights"],
         seconds=time.monotonic() - started,
     )
     if PartialState().is_main_process:
         state.write_text(out / "report.json", json.dumps(asdict(report), indent=1) + "\n")
-        state.write_text(out / "report.md", _page(config, report))
+        state.write_text(out / "report.md", _page(found, report))
     return report
 
 
