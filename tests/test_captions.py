@@ -174,6 +174,8 @@ def test_a_pipeline_with_mixers_is_trained_killed_and_continued(sd15, data, tmp_
         assert sheet.size == (64 + 66, 66)
     pipe = DiffusionPipeline.from_pretrained(whole["weights"])
     pipe.set_progress_bar_config(disable=True)
+    report = (tmp_path / "whole" / "report.md").read_text()
+    assert 'diffusers.StableDiffusionPipeline.from_pretrained("pipeline")' in report
     mixers = [row.mixer for row in visionhybrid.describe(pipe.unet).rows]
     assert mixers.count("linfusion") == 4
     before, after = (

@@ -103,6 +103,8 @@ def test_a_run_releases_a_pipeline(tmp_path):
     (image,) = pipe([7], num_inference_steps=2).images
     assert image.size == (8, 8)
     assert pipe.config.labels == list("0123456789")
+    report = (tmp_path / "whole" / "report.md").read_text()
+    assert 'visionhybrid.diffusion.HybridDiTPipeline.from_pretrained("pipeline")' in report
     assert (tmp_path / "whole" / "samples" / "step_00000004" / "samples.png").is_file()
     # the released weights, opened again, score what the run said
     assert validate(tmp_path / "whole", tiny()) == pytest.approx(whole["metrics"], rel=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from visionhybrid.train.config import Config, flat
@@ -20,7 +22,7 @@ def text(config: Config, result: dict[str, Any], environment: dict[str, Any]) ->
             "",
             f"{config.task} with `{config.model.name}`: {result['steps']} steps in {result['seconds']:.0f} s "
             f"on {result['train_samples']} training samples.",
-            'Load: `visionhybrid.load("model.safetensors")`. Run again: `visionhybrid train config.json`.',
+            f"Load: {_how_to_load(Path(result['weights']))}. Run again: `visionhybrid train config.json`.",
             "",
             "## Measured on held-out data at the end",
             "",
@@ -33,3 +35,13 @@ def text(config: Config, result: dict[str, Any], environment: dict[str, Any]) ->
             table(environment),
         ]
     )
+
+
+def _how_to_load(weights: Path) -> str:
+    """A file of `visionhybrid.load`, or the folder of a generator's pipeline."""
+    index = weights / "model_index.json"
+    if not index.is_file():
+        return f'`visionhybrid.load("{weights.name}")`'
+    kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    ours = kind in ("HybridDiTPipeline", "UNetPipeline")
+    return f'`{"visionhybrid.diffusion" if ours else "diffusers"}.{kind}.from_pretrained("{weights.name}")`'
