@@ -10,6 +10,7 @@ from golden import load_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from visionhybrid.data import resize
 from visionhybrid.data.degrade import (
     BELLS,
     FIRST,
@@ -23,7 +24,9 @@ from visionhybrid.data.degrade import (
     add_poisson_noise,
     apply,
     bell_kernel,
+    compression,
     filter2d,
+    filters,
     from_json,
     jpeg,
     jpeg_codec,
@@ -469,3 +472,18 @@ def test_preview_draws_every_step_of_every_seed(tmp_path):
     assert sheet[:, 200:cell_height, :200].min() < 0.5  # text
     with pytest.raises(ValueError, match="at least one seed"):
         preview(image, SecondOrder(), tmp_path / "none.png", seeds=[])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: resize.imresize(x, 0.5), unsharp_mask, lambda x: jpeg(x, 50)],
+    ids=["resize", "sharpen", "jpeg"],
+)
+def test_what_inference_keeps_can_be_trained_with(change):
+    for kept in (resize._bands, filters._gaussian, compression._dct, compression._tables):
+        kept.cache_clear()
+    x = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    with torch.inference_mode():
+        change(x)
+    change(x.requires_grad_()).backward(torch.rand_like(change(x)))
+    assert x.grad.isfinite().all()

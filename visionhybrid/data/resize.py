@@ -92,6 +92,7 @@ def _cubic(t: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # kept for calls that autograd records
 def _bands(n: int, out: int, scale: float) -> tuple[_Band, ...]:
     """The weights that map n inputs to `out` outputs, float64, in blocks of outputs."""
     stretch = min(scale, 1.0)

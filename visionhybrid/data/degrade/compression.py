@@ -86,6 +86,7 @@ def jpeg_codec(x: Tensor, quality: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # kept for calls that autograd records
 def _tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     chrominance = torch.full((8, 8), 99.0)
     chrominance[:4, :4] = torch.tensor(CHROMINANCE_CORNER, dtype=torch.float32)
@@ -95,6 +96,7 @@ def _tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # kept for calls that autograd records
 def _dct(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Orthonormal DCT-II, (frequency, position)."""
     k = torch.arange(8, dtype=torch.float64)

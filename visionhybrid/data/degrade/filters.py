@@ -55,6 +55,7 @@ def reflect_pad(x: Tensor, before: int, after: int, axis: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # kept for calls that autograd records
 def _gaussian(size: int) -> Tensor:
     # OpenCV's rule for the sigma that belongs to a kernel size (getGaussianKernel).
     sigma = 0.3 * ((size - 1) / 2 - 1) + 0.8
