@@ -15,6 +15,7 @@ from train_case import outcome
 
 import visionhybrid
 from visionhybrid.train import recipes, run, start
+from visionhybrid.train.classify import Classify
 from visionhybrid.train.config import Classification, ConfigError, Model
 from visionhybrid.train.loop import Trainer
 
@@ -82,6 +83,13 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     run_until(config, tmp_path / "killed", 3, monkeypatch)
     run(config, tmp_path / "killed", progress=False)
     assert outcome(tmp_path / "killed") == expected
+
+
+def test_a_dry_run_asks_the_averaged_weights(monkeypatch):
+    asked, consult = [], Classify.consult
+    monkeypatch.setattr(Classify, "consult", lambda *args: asked.append(consult(*args)) or asked[-1])
+    run(digits(), "unused", dry_run=True, progress=False)
+    assert ["averaged" in batch for batch in asked] == [True]
 
 
 def test_no_averaged_weights_no_loss_towards_them(tmp_path):

@@ -82,8 +82,10 @@ def rehearse(config: Config, *, progress: bool = True) -> dict[str, Any]:
 
         batch: Batch = timed("data", lambda: next(trainer.batches()))
         addresses = {p.untyped_storage().data_ptr() for part in trainer.parts for p in _local(part.bare)}
+        trainer.step = trainer.total - 1  # what a task does from some epoch on is part of the last step
         with saved_activations(addresses) as saved:
             timed("train", lambda: trainer.update(batch))
+        trainer.step = 0
         memory = _memory(trainer, saved.peak)
         timed("validate and sample", lambda: trainer.validate(LIMIT))
         timed("save", trainer.save)
