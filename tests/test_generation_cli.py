@@ -51,6 +51,16 @@ def test_generate_says_what_is_wrong(trained, tmp_path):
     assert "no pipeline" in call("generate", tmp_path, tmp_path / "out").output
 
 
+def test_validate_a_generator(trained):
+    wanted = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    for folder in (trained, trained / "pipeline"):
+        done = call("validate", "hybrid_dit_digits", *WORDS, "--model", folder, "--json")
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.stdout)
+        assert found["loss"] == pytest.approx(wanted[-1]["loss"], rel=1e-4)
+    assert "not for it" in call("validate", "hybrid_dit_digits", "--model", trained, "--key", "ema").output
+
+
 def test_generate_from_prompts(tmp_path):
     tiny_pipelines.sd15().save_pretrained(tmp_path / "pipe")
     words = ("generate", tmp_path / "pipe", tmp_path / "out", "--steps", 1, "--size", 16)

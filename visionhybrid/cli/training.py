@@ -84,7 +84,8 @@ def train(
 
 @command(
     "  visionhybrid validate nextvit_small_in1k data.root=/data/imagenet --model nextvit_small_in1k_224.pth\n"
-    "  visionhybrid validate hat_small_x2 --model runs/hat_small_x2 --limit 10"
+    "  visionhybrid validate hat_small_x2 --model runs/hat_small_x2 --limit 10\n"
+    "  visionhybrid validate hybrid_dit_digits --model runs/hybrid_dit_digits"
 )
 def validate(
     recipe: Annotated[
@@ -104,10 +105,17 @@ def validate(
 ) -> None:
     """Measure a model on the held-out data of a recipe."""
     config = _config(recipe, changes)
-    net = open_model(model, weights, key, option)
     from visionhybrid.train import validate as run
+    from visionhybrid.train.config import Generation
 
-    metrics = run(net, config, limit=limit, progress=progress)
+    if isinstance(config, Generation):  # its own task opens a run directory or a diffusers folder
+        if weights or key or option:
+            raise UsageError(
+                "validate: a generator is a folder; --weights, --key and --option are not for it"
+            )
+        metrics = run(model, config, limit=limit, progress=progress)
+    else:
+        metrics = run(open_model(model, weights, key, option), config, limit=limit, progress=progress)
     if json:
         show.as_json(metrics)
     else:
