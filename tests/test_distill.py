@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from golden import load_case
-from test_hosts_diffusers import published
+from published import published
 from torch import nn
 
 import visionhybrid

@@ -80,7 +80,7 @@ def test_attach_writes_a_pipeline_with_its_mixers(folder, tmp_path):
 
 def test_attach_reads_published_weights_and_halves_them(tmp_path):
     from golden import load_case
-    from test_hosts_diffusers import published
+    from published import published
 
     (tmp_path / "weights").mkdir()
     unet = published(load_case("linfusion_unet_sd21tiny_24x12"), tmp_path / "weights")

@@ -2,7 +2,7 @@
 
 The variable names a checkout of diffusers' repository, of the installed version or near it; its tests are in no package. They
 need peft, parameterized and requests-mock. Nothing of them is copied; what matters most of them is mirrored in
-`tests/test_hosts_diffusers.py` and `tests/test_hosts_compatible.py`, which always run.
+`tests/test_hosts_saving.py`, `test_hosts_lora.py` and `test_hosts_compatible.py`, which always run.
 """
 
 import os
