@@ -50,7 +50,8 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     axes = axes_of(q.shape[2:-1], kernel_size, dilation, stride, causal)
     grads = tiled.backward(grad, q, k, v, rpb, k_extra, v_extra, out, lse, rpb_learns, axes, scale)
-    return tuple(q.new_empty(0) if x is None else x for x in grads)
+    dq, dk, dv, drpb, dk_extra, dv_extra = (q.new_empty(0) if x is None else x for x in grads)
+    return dq, dk, dv, drpb, dk_extra, dv_extra
 
 
 def _scores(

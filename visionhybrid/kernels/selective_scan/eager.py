@@ -288,7 +288,8 @@ def scan_backward(
             _rest(dstep, u.shape[2]).zero_()
             dbias[own] += dstep.sum((0, 1, 3))
     sums = zip((dA, dB, dC, dD, dbias), (A, B, C, D, delta_bias), strict=True)
-    return du, ddelta, *(total if x is None else total.to(x.dtype) for total, x in sums)
+    dA, dB, dC, dD, dbias = (total if x is None else total.to(x.dtype) for total, x in sums)
+    return du, ddelta, dA, dB, dC, dD, dbias
 
 
 def _rest(x: Tensor, length: int) -> Tensor:

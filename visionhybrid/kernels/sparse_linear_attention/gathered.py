@@ -89,17 +89,17 @@ class _Sparse:
             key = safe[..., None] * self.block_k + torch.arange(self.block_k, device=lut.device)
             hidden = ((lut < 0)[..., None] | (key >= self.length_k)).flatten(2)[:, :, None]
         if self.mask is not None:
-            seen = self._seen(safe, heads, rows)
+            seen = self._seen(self.mask, safe, heads, rows)
             hidden = ~seen if hidden is None else hidden | ~seen
         first = torch.arange(len(lut), device=lut.device)[:, None, None] * self.n
         return _Chunk(heads, rows, first + safe, hidden, self.memory)
 
-    def _seen(self, lut: Tensor, heads: slice, rows: slice) -> Tensor:
+    def _seen(self, mask: Tensor, lut: Tensor, heads: slice, rows: slice) -> Tensor:
         """(heads, rows, block_q or 1, t * block_k) of the token mask, gathered as the keys are."""
         m = torch.arange(rows.start, rows.stop, device=lut.device)[None, :, None]
         b = torch.arange(heads.start, heads.stop, device=lut.device)[:, None, None] // self.heads
-        mask = self.mask[b if len(self.mask) > 1 else 0, m if self.mask.shape[1] > 1 else 0, lut]
-        return mask.movedim(2, 3).flatten(3)
+        taken = mask[b if len(mask) > 1 else 0, m if mask.shape[1] > 1 else 0, lut]
+        return taken.movedim(2, 3).flatten(3)
 
 
 def forward(
@@ -168,7 +168,8 @@ def backward(
         chunk.add(dk, ds.mT @ q_rows)
         chunk.add(dv, p.mT @ g_rows)
     shape = (plan.batch, plan.heads)
-    return tuple(
+    dq, dk, dv = (
         x.flatten(1, 2)[:, : like.shape[2]].unflatten(0, shape).to(like.dtype).contiguous()
         for x, like in ((dq, q), (dk, k), (dv, v))
     )
+    return dq, dk, dv
