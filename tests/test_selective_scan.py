@@ -162,6 +162,17 @@ def test_extreme_steps(backend):
 
 
 @pytest.mark.parametrize("backend", ["eager", NATIVE])
+def test_what_fills_the_last_block_is_no_token(backend):
+    """A step of 0 there, whatever the bias: here it would be -300, and its decay infinite."""
+    given = problem(dtype=torch.float32) | dict(delta_softplus=False)
+    given["delta"], given["delta_bias"] = 0.1 * given["delta"] + 300, torch.full((6,), -300.0)
+    leaves = [x.requires_grad_() for x in given.values() if isinstance(x, torch.Tensor)]
+    out = selective_scan(**given, backend=backend)
+    for grad in torch.autograd.grad(out, leaves, torch.randn_like(out)):
+        assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("backend", ["eager", NATIVE])
 def test_not_a_number_stays_one(backend):
     """From its token on, in its channel alone."""
     given = problem(dtype=torch.float32)
