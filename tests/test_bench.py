@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,18 @@ from rich.console import Console
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from visionhybrid.bench import SUITES, __main__, a2mamba, floor, harness, machine, memory, models, report
+from visionhybrid.bench import (
+    SUITES,
+    __main__,
+    a2mamba,
+    apart,
+    floor,
+    harness,
+    machine,
+    memory,
+    models,
+    report,
+)
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -225,6 +237,29 @@ def test_a_target_for_nobody_is_an_error() -> None:
         harness.measure(case(runner("a", fill(1)), targets=(target,)), device=CPU)
 
 
+def build_apart(device: torch.device) -> Sequence[harness.Runner]:
+    assert torch.get_num_threads() == 1
+    return [runner(str(os.getpid()), fill(1)), runner("visionhybrid", lambda: torch.zeros(()))]
+
+
+def test_a_case_of_its_own_process_reports_from_there() -> None:
+    """Its disagreement is the error that the same case raises here."""
+    said: list[str] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    toy = harness.Case(name="toy", title="a toy", build=build_apart, apart=True)
+    try:
+        with pytest.raises(ValueError, match=r"bench toy: visionhybrid differs from (\d+) by") as here:
+            harness.measure(toy, device=CPU)
+        with pytest.raises(ValueError, match="bench toy: visionhybrid differs from") as there:
+            apart.measure_apart(toy, device=CPU, report=lambda text, done: said.append(text))
+    finally:
+        torch.set_num_threads(threads)
+    assert str(os.getpid()) in str(here.value)
+    assert str(os.getpid()) not in str(there.value)
+    assert said == ["building"]
+
+
 def test_missing_peer_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name="spandrel")
@@ -296,7 +331,8 @@ def test_plot_is_a_picture(data: report.Record, tmp_path: Path) -> None:
 
 def test_cases_of_a_family_stand_side_by_side(tmp_path: Path) -> None:
     def at(length: int, *names: str) -> harness.Result:
-        runners = [runner(name, lambda: torch.ones(length)) for name in names]
+        # 4 kB may come from memory the process has already; what is held counts always.
+        runners = [runner(name, lambda: torch.ones(length), holds=(torch.ones(1),)) for name in names]
         return harness.measure(case(*runners, family="toys", length=length), device=CPU)
 
     results = [at(2000, "visionhybrid"), at(1000, "peer", "visionhybrid")]

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from visionhybrid.bench import SUITES, machine, report
+from visionhybrid.bench.apart import measure_apart
 from visionhybrid.bench.floor import measure_peaks
 from visionhybrid.bench.harness import measure
 from visionhybrid.train.state import write_text
@@ -79,7 +80,8 @@ def run(
             def say(text: str, done: float, i: int = i, name: str = case.name) -> None:
                 bar.update(task, description=f"{name}: {text}", completed=i + done)
 
-            results.append(measure(case, device=place, peaks=peaks, report=say))
+            run_case = measure_apart if case.apart else measure
+            results.append(run_case(case, device=place, peaks=peaks, report=say))
         series = getattr(module, "series", None) if place.type == "cpu" else None
         bar.update(task, description="over ranges", completed=len(cases))
         ranges = series(quick=quick, only=only) if series else []

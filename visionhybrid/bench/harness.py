@@ -55,7 +55,8 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One comparison. `build(device)` returns the peer first; `judged` is false where the size is not the targets'.
+    """One comparison. `build(device)` returns the peer first; `judged` is false where the size is not the targets'; `apart`: to be
+    measured in a process of its own.
 
     Cases of one `family` differ in `length` alone: the report also shows them side by side.
     """
@@ -66,6 +67,7 @@ class Case:
     targets: tuple[Target, ...] = ()
     rounds: int = 7
     judged: bool = True
+    apart: bool = False
     family: str = ""
     length: int = 0
 

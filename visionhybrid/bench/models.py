@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -83,7 +84,7 @@ def cases(*, quick: bool = False, only: str | None = None) -> list[Case]:
         ],
         "a2mamba": a2mamba.cases(batch, size, judged=not quick, rounds=2 if quick else 7),
     }
-    return [case for name in SYSTEMS if only in (None, name) for case in suite[name]]
+    return [replace(case, apart=True) for name in SYSTEMS if only in (None, name) for case in suite[name]]
 
 
 def series(*, quick: bool = False, only: str | None = None) -> list[Series]:
