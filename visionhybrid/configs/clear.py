@@ -2,9 +2,6 @@
 
 Sources: arXiv:2412.16112; Huage001/CLEAR@98e9fed `distill.py`. The authors train on 10 thousand images of 1024 pixels that FLUX.1-dev
 itself drew (jackyhate/text-to-image-2M, data_1024_10K), with their prompts.
-
-Different here: the authors' optimiser is Prodigy, which finds its rate by itself; AdamW at 1e-4, the rate of LinFusion's distillation by the
-same authors, stands for it.
 """
 
 from __future__ import annotations
@@ -31,7 +28,9 @@ def clear_flux() -> Graft:
         sampling=Sampling(steps=20, guidance=3.5, each=1, classes=4),
         flip=0.0,
         eval_batch=1,
-        optim=Optim(name="adamw", lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-4, clip_norm=1.0),
+        optim=Optim(
+            name="prodigy", lr=1.0, betas=(0.9, 0.999), weight_decay=1e-4, decay_1d=True, clip_norm=1.0
+        ),
         schedule=Schedule(name="constant"),
         loop=Loop(
             batch_size=32,
@@ -46,7 +45,7 @@ def clear_flux() -> Graft:
         mixer="clear",
         mixer_options={"radius": 16},
         alone=Phase(steps=0),
-        whole=Phase(steps=10_000, lr=1e-4),
+        whole=Phase(steps=10_000, lr=1.0),  # Prodigy's factor
         tune=Phase(steps=0),
         task_weight=1.0,
         output_weight=0.5,

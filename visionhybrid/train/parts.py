@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from visionhybrid.train import state
+from visionhybrid.train import prodigy, state  # noqa: F401 - timm's factory knows prodigy then
 from visionhybrid.train.config import Config, ConfigError, Loop, Optim
 from visionhybrid.train.schedule import Rate
 
