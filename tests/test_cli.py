@@ -333,13 +333,14 @@ def test_train_errors(tmp_path):
 def test_demo_passes_its_options_on(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "visionhybrid.demo.run", lambda out, seed: asked.append((out, seed)) or out / "report.html"
+        "visionhybrid.demo.run",
+        lambda out, parts, seed: asked.append((out, tuple(parts), seed)) or out / "report.html",
     )
     assert run("demo", "--out", tmp_path).stdout == f"report: {tmp_path / 'report.html'}\n"
-    run("demo", "--out", tmp_path, "--seed", 3)
-    assert asked == [(tmp_path, 0), (tmp_path, 3)]
+    run("demo", "--out", tmp_path, "--seed", 3, "--part", "digits", "--part", "generation")
+    assert asked == [(tmp_path, (), 0), (tmp_path, ("digits", "generation"), 3)]
 
-    def short(out, seed):
+    def short(out, parts, seed):
         raise ValueError("the digits reached 90 %")
 
     monkeypatch.setattr("visionhybrid.demo.run", short)
