@@ -44,7 +44,8 @@ def test_page_shows_what_was_measured() -> None:
         "goal < 6:00 on 2 quiet cores \N{MIDDLE DOT} within",
         "goal < 10:00 on 2 quiet cores \N{MIDDLE DOT} within",
         "97.0 % for the class asked for",
-        "all 1 blocks: 30 % recognised. Having imitated the teacher for 4 steps, 1:01 with all measuring, its score is 96.0 %",
+        "As put in, 30 % of its digits are recognised; after it has imitated the teacher for 4 steps (1:01 with all measuring), "
+        "96.0 %: 96.0 % of the teacher's score.",
         "Of the 500 real digits kept out of training it recognises 99.5 %",
         "SLA, blocks.0.attn 0.125 0.0625 1.00 2.00 0.25",
         "LinFusion : fewer multiplications from 49 tokens on; faster here from 64 tokens on, 4.0 x at 64; "

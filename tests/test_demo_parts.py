@@ -23,6 +23,8 @@ def test_ticks_are_round_and_inside() -> None:
     assert axis.ticks() == pytest.approx([29.5, 30, 30.5])
     axis = charts._Axis(0.012, 0.4, 0, 100, log=True)
     assert axis.ticks() == pytest.approx([0.03, 0.1, 0.3])
+    axis = charts._Axis(1.1, 1.9, 0, 100, log=True)
+    assert axis.ticks() == pytest.approx([1.2, 1.4, 1.6, 1.8])
 
 
 def test_axis_maps_ends_to_ends() -> None:

@@ -119,8 +119,8 @@ class _Axis:
                 if self.low <= math.log10(f * 10.0**d) <= self.high
             ]
             if len(found) >= 3:
-                break
-        return found
+                return found
+        return found if len(found) > 1 else _round_numbers(10**self.low, 10**self.high)
 
 
 def _round_numbers(low: float, high: float, count: int = 5) -> list[float]:

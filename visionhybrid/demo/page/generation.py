@@ -54,10 +54,10 @@ def _words(found: Generation) -> Iterator[str]:
     for student in found.students:
         training = student.training
         yield (
-            f"<p>A copy got {NAMES[student.mixer]} instead of softmax attention in all {len(student.layers)} blocks: "
-            f"{student.untrained:.0f} % recognised. Having imitated the teacher for {training.steps} steps, "
-            f"{clock(training.seconds)} with all measuring, its score is "
-            f"{student.sheet.scores.recognised:.1f} %, <strong>{student.kept:.1f} %</strong> of the teacher's.</p>"
+            f"<p>A copy got {NAMES[student.mixer]} instead of softmax attention in all {len(student.layers)} blocks. As put in, "
+            f"{student.untrained:.0f} % of its digits are recognised; after it has imitated the teacher for {training.steps} steps "
+            f"({clock(training.seconds)} with all measuring), {student.sheet.scores.recognised:.1f} %: "
+            f"<strong>{student.kept:.1f} %</strong> of the teacher's score.</p>"
         )
 
 
