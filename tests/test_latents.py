@@ -124,6 +124,17 @@ def test_a_full_disk_is_an_error_and_what_is_there_stays(tmp_path, monkeypatch):
     assert ("key0" in again, "key1" in again) == (True, False)
 
 
+def test_what_a_killed_process_left_goes(tmp_path):
+    folder = Store(tmp_path, FACTS).folder
+    old, new = folder / ".1.safetensors.ab.tmp", folder / ".2.safetensors.cd.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    store = Store(tmp_path, FACTS)
+    assert store.scan() == []
+    assert (old.exists(), new.exists()) == (False, True)
+
+
 def test_rows_are_written_before_too_many_wait(tmp_path, monkeypatch):
     monkeypatch.setattr(store_module, "FLUSH_BYTES", 3 * 40)  # of three rows
     store = Store(tmp_path, FACTS)

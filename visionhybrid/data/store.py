@@ -129,6 +129,13 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / "facts.json").exists():
                 self._write(self.folder / "facts.json", text.encode())
+            for rest in self.folder.glob(
+                ".*.tmp"
+            ):  # of a process that was killed; nobody writes a file for a day
+                if time.time() - rest.stat().st_mtime > 86400:
+                    rest.unlink(missing_ok=True)
+        except FileNotFoundError:
+            pass  # another process was as tidy
         except OSError as error:
             raise StoreError(f"cache.folder: {self.folder}: {error.strerror}") from None
 
