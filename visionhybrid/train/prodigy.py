@@ -2,6 +2,9 @@
 
 Mishchenko and Defazio, arXiv:2306.06101 algorithm 4; the names of konstmish/prodigy@1.1.2. `d` estimates how far the start is from a
 solution; it only grows, and multiplies the rate. The moments are kept in units of d.
+
+Not that package (prodigyopt): its sums over ranks need CUDA and FSDP's first version, and flattened copies of parameters as state have
+no place in our checkpoints.
 """
 
 from __future__ import annotations
