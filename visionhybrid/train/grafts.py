@@ -114,6 +114,11 @@ class GraftClassifier(Grafts, Classify):
             visionhybrid.attach(student, {name: (x["mixer"], x["options"]) for name, x in mixers.items()})
         return _fill(student, state, path).eval()
 
+    def release(self, model: nn.Module, path: Path, facts: dict[str, Any]) -> None:
+        super().release(model, path, facts)
+        if self.notes and self.notes[-1].startswith(path.name):  # said of a model without mixers
+            self.notes[-1] = f"{path.name}: attach {self.graft.mixer} to the timm model, then load_state_dict"
+
     def exercise(self, batch: Sample) -> Labelled:
         return Labelled((batch["image"],), {}, batch["label"], self)
 
