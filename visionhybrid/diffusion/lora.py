@@ -17,7 +17,7 @@ def add(model: Any, rank: int) -> None:
     try:
         from peft import LoraConfig
     except ImportError:
-        raise ValueError("LoRA needs peft: pip install "visionhybrid[lora]"") from None
+        raise ValueError("LoRA needs peft: pip install 'visionhybrid[lora]'") from None
     model.requires_grad_(False)
     # scale alpha / rank = 1: files without an alpha are read so
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=PROJECTIONS))
