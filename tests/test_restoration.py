@@ -537,7 +537,7 @@ def test_a_full_disk_ends_the_run(tmp_path, monkeypatch):
     report = restore_path(Enlarge(), tmp_path / "in", tmp_path / "out")
     assert [d.source.name for d in report.done] == ["a.png"]
     assert [(p.name, r) for p, r in report.failed] == [
-        ("b.png", "cannot be written: No space left on device")
+        ("b.png", f"{tmp_path / 'out/b.png'}: cannot be written: No space left on device")
     ]
     assert [(p.name, r) for p, r in report.skipped] == [("c.png", "not reached: the disk cannot be written")]
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.png"]
@@ -574,7 +574,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "out/sub").write_text("a file in the way")
     report = restore_path(Enlarge(), tmp_path / "in", tmp_path / "out", recursive=True)
     assert [d.source.name for d in report.done] == ["b.png"]
-    assert "its folder cannot be made: " in report.failed[0][1]
+    assert report.failed[0][1].startswith(f"{tmp_path / 'out/sub/a.png'}: its folder cannot be made: ")
 
 
 def test_ctrl_c_leaves_no_half_file(tmp_path, monkeypatch):

@@ -197,7 +197,7 @@ def _work(engine: Engine, jobs, skipped, quality, progress: bool, on_error: str)
             except (ValueError, MemoryError, RuntimeError) as error:
                 if on_error == "raise" or (isinstance(error, RuntimeError) and not out_of_memory(error)):
                     raise
-                failed.append((source, _reason(error)))
+                failed.append((source, _reason(error, source)))
                 if isinstance(error.__cause__, OSError) and error.__cause__.errno in _DISK:
                     skipped = skipped + [
                         (path, "not reached: the disk cannot be written") for path, _ in jobs[i + 1 :]
@@ -230,9 +230,9 @@ def _one(engine: Engine, source: Path, target: Path, quality: int | None, advanc
     return Done(source, target, size, time.monotonic() - start, picture.notes + rounded)
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, source: Path) -> str:
     if isinstance(error, ImageError):
-        return error.reason
+        return error.reason if error.path == source else str(error)
     return (
         "out of memory"
         if isinstance(error, RuntimeError)
