@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,7 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Student(Drawn):
-    untrained: float  # percent recognised with the new mixers just put in, on fewer digits
+    untrained: Scores  # with the new mixers just put in
     kept: float  # percent of the teacher's recognised share; nan if that is 0
     distance: float  # |student - teacher|^2 / |teacher|^2 of what they predict, on held-out digits
     alone: int  # steps of the first phase
@@ -85,6 +87,7 @@ class Generation:
     teacher: Drawn
     students: list[Student]
     real: Sheet  # held-out digits
+    without: Scores  # of the teacher with its attention switched off: what class and place alone give
     seen: int  # training digits, of judge and generator
     steps: int  # of sampling
     guidance: float
@@ -104,6 +107,8 @@ def learn_generation(out: Path, *, seed: int = 0, quick: bool = False, progress:
     sheet, seconds = judge.draw(pipe, config, seed)
     training = record(config, pipe.transformer, result)
     teacher = Drawn(mixer="softmax", training=training, sheet=sheet, seconds=seconds)
+    with _no_attention(pipe.transformer):
+        without = judge.draw(pipe, config, seed)[0].scores
     students, nets = [], {"softmax": pipe.transformer}
     for mixer in GRAFTS:
         words = (f"loop.seed={seed}", f"teacher={out / 'generator'}", *watch, *(_QUICK if quick else ()))
@@ -113,6 +118,7 @@ def learn_generation(out: Path, *, seed: int = 0, quick: bool = False, progress:
         teacher=teacher,
         students=students,
         real=judge.real(),
+        without=without,
         seen=len(digits("train")[0]),
         steps=config.sampling.steps,
         guidance=config.sampling.guidance,
@@ -133,7 +139,7 @@ def _graft(
     config: Any = override(find(recipe), words)
     clear(out, recipe)
     untrained = _untrained(teacher[1], config)
-    start = judge.recognised(untrained, config, seed)
+    start = judge.draw(untrained, config, seed)[0].scores
     done = graft(config, out, progress=progress)
     pipe = _opened(done.weights)
     sheet, seconds = judge.draw(pipe, config, seed)
@@ -141,7 +147,7 @@ def _graft(
     held_out = series(first, "validation")
     for name, values in series(last, "validation").items():
         held_out[name] = held_out.get(name, []) + [(config.alone.steps + x, y) for x, y in values]
-    held_out["recognised"].insert(0, (0, start))
+    held_out["recognised"].insert(0, (0, start.recognised))
     before = teacher[0].sheet.scores.recognised
     student = Student(
         mixer=mixer,
@@ -164,6 +170,20 @@ def _graft(
         layers=done.layers,
     )
     return student, pipe.transformer
+
+
+@contextmanager
+def _no_attention(net: HybridDiT) -> Iterator[None]:
+    """Inside, attention adds nothing to any token."""
+    handles = [
+        block.attn.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
+        for block in net.blocks
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _untrained(pipe: HybridDiTPipeline, config: Any) -> HybridDiTPipeline:
@@ -239,11 +259,6 @@ class Judging:
         images = samples(pipe, labels, config, seed)
         seconds = (time.perf_counter() - start) / len(labels)
         return self._sheet(images, labels), seconds
-
-    def recognised(self, pipe: HybridDiTPipeline, config: GenerationConfig, seed: int) -> float:
-        """Percent of fewer samples, as many as at each validation."""
-        labels = torch.arange(DIGIT_CLASSES).repeat_interleave(min(self.count, WATCHED))
-        return 100 * float((self.judge(samples(pipe, labels, config, seed)) == labels).double().mean())
 
     def _sheet(self, images: Tensor, labels: Tensor) -> Sheet:
         """`images` (N, 1, 8, 8) in [0, 1] in the order of their `labels`."""
