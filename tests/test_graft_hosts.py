@@ -31,7 +31,7 @@ def pixart():
 
 FAMILIES = {"unet": unet, "dit": dit, "pixart": pixart} | {
     name: lambda name=name: (tiny_transformers.transformer(name), tiny_transformers.INPUTS[name]())
-    for name in ("flux", "sd3", "wan", "cogvideox", "hunyuan_video")
+    for name in ("flux", "sd3", "sana", "wan", "cogvideox", "hunyuan_video")
 }
 
 

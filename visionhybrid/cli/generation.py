@@ -36,8 +36,8 @@ def graft(
     from visionhybrid.train.grafting import graft as run
 
     config = override(find(recipe), changes or ())
-    out = out or Path("runs") / config.name
-    report = run(config, out, progress=progress)
+    folder = out or Path("runs") / config.name
+    report = run(config, folder, progress=progress)
     columns = ("layer", "mixer", "own error", "output error", "ms before", "ms after", "kept")
     show.table(
         columns,
@@ -57,7 +57,7 @@ def graft(
     )
     for name, value in report.student.items():
         show.fields([(name, f"{value:.4g} (teacher {report.teacher.get(name, 0.0):.4g})")])
-    typer.echo(f"report: {out / 'report.md'}\npipeline: {report.weights}")
+    typer.echo(f"report: {folder / 'report.md'}\npipeline: {report.weights}")
 
 
 @command(

@@ -27,6 +27,7 @@ class Layer:
     heads: int
     head_dim: int
     grid: tuple[int, ...] | None = None  # sides of its image in tokens at `sample_size`, None if unknown
+    own: str = "softmax"  # the mixer that computes, under its default options, what the model does by itself
     axes: int = 2  # of its grid: 2 for images, 3 for video
     joint: bool = False  # text tokens are mixed with the image's
     whole: bool = False  # its keys are no tokens that ranks share: cross attention

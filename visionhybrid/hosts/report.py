@@ -18,6 +18,7 @@ class Row:
     heads: int
     head_dim: int
     tokens: int | None
+    own: str = "softmax"  # what the model does by itself
     mixer: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     parameters: int = 0  # of the mixer
@@ -72,7 +73,7 @@ def _line(row: Row, width: int) -> str:
     gain = "" if row.speedup is None else f"{row.speedup:7.2f} x fewer products"
     options = ", ".join(f"{key}={value}" for key, value in row.options.items())
     weights = f" [{row.weights}]" if row.weights else ""
-    mixer = "softmax (its own)" if row.mixer is None else f"{row.mixer}({options}){weights}"
+    mixer = f"{row.own} (its own)" if row.mixer is None else f"{row.mixer}({options}){weights}"
     return f"  {row.name:<{width}}  {row.dim:>5} = {row.heads} x {row.head_dim:<4}{tokens}{gain}  {mixer}".rstrip()
 
 

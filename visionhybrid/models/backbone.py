@@ -216,7 +216,7 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        return self.head.fc
+        return self.head.fc  # pyright: ignore[reportReturnType]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier on the model's device and dtype; `global_pool` None keeps the pooling, "" removes it."""

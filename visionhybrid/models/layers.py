@@ -315,7 +315,7 @@ def _packed(weight: Tensor, how: tuple[Any, ...], shape: torch.Size) -> Tensor:
     if weight.is_inference():  # its changes are not counted
         return weight
     state = (weight._version, weight.data_ptr(), weight.dtype)
-    known, packed = _PACKED.get(weight, (None, None))
+    known, packed = _PACKED.get(weight) or (None, None)
     if known != state:
         packed = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *how, list(shape))
         _PACKED[weight] = (state, packed)

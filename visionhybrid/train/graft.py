@@ -161,9 +161,9 @@ class Grafts:
         The student's attention is run on the teacher's inputs, and the sides of the grid are among them only where a mixer is.
         """
         rows = visionhybrid.describe(self.teacher).rows
-        silent = [row.name for row in rows if row.name in names and row.mixer is None]
+        silent = {row.name: row.own for row in rows if row.name in names and row.mixer is None}
         if silent:
-            visionhybrid.attach(self.teacher, "softmax", layers=silent)
+            visionhybrid.attach(self.teacher, silent)
             self.aware.update(silent)
             for name in silent:
                 mixer: Any = self.teacher.get_submodule(name).mixer
@@ -223,10 +223,9 @@ class Grafts:
 
 
 def _kind(row: Any) -> tuple[str, dict[str, Any]]:
-    """What mixes in a layer; a model's own attention is softmax."""
-    if row.mixer is None or row.mixer == "softmax":
-        return "softmax", {**mixers.about("softmax").options, **row.options}
-    return row.mixer, row.options
+    """What mixes in a layer, the model's own attention by the mixer that computes the same."""
+    name = row.mixer or row.own
+    return name, {**mixers.about(name).options, **row.options}
 
 
 def _reset(module: nn.Module) -> None:

@@ -22,7 +22,8 @@ TIMES = 1000
 class Noising(Protocol):
     """x and noise: (B, ...); times: float32 (B,). `bound`: what teaches a variance, if the model gives one."""
 
-    bound: Bound | None
+    @property
+    def bound(self) -> Bound | None: ...
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Times of training."""

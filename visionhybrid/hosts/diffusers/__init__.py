@@ -145,7 +145,12 @@ def _marked(model: nn.Module, size: SampleSize) -> list[Layer]:
 
 def _row(layer: Layer, held: core.Held | None) -> Row:
     facts: dict[str, Any] = dict(
-        name=layer.name, dim=layer.dim, heads=layer.heads, head_dim=layer.head_dim, tokens=layer.tokens
+        name=layer.name,
+        dim=layer.dim,
+        heads=layer.heads,
+        head_dim=layer.head_dim,
+        tokens=layer.tokens,
+        own=layer.own,
     )
     if held is None:
         return Row(**facts, reason=layer.reason)

@@ -68,4 +68,5 @@ def attention_in_bands(
                 out = pixels.new_empty(*x.shape[:3], pixels.shape[3])
             band = grid.as_band(pixels.reshape(grid.columns, -1, pixels.shape[3]))
             grid.put(out[b], row, band, add=onto is not None)
+    assert out is not None
     return out
