@@ -70,7 +70,9 @@ def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
 
     def facts(name: str, module: Any) -> dict[str, Any]:
         cross = "cross attention: its keys are the text's" if module.is_cross_attention else None
-        return dict(grid=grid, own="linear", whole=bool(cross), reason=cross or does_more(module, PLAIN, "linear"))
+        return dict(
+            grid=grid, own="linear", whole=bool(cross), reason=cross or does_more(module, PLAIN, "linear")
+        )
 
     return layers_of(model, Attention, facts)
 
