@@ -18,6 +18,7 @@ EVERYWHERE = {"sparse_linear_attention": 99 * 1024}
 SPILLED = 64
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_every_kernel_compiles_and_fits(operator, pytestconfig):
     run = subprocess.run(

@@ -140,6 +140,12 @@ def test_several_unknown_entries_are_an_error_that_names_them(toy):
         visionhybrid.load({"student": authors(toy), "teacher": authors(toy)})
 
 
+def test_sparse_weights_are_named():
+    state = {"a.weight": torch.eye(3).to_sparse(), "a.bias": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"'a\.weight': sparse or quantised tensors are not read"):
+        visionhybrid.load({"params": state})
+
+
 # ---- files
 
 

@@ -7,7 +7,13 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+# torch 2.11 counts softmax attention on GPUs only; later ones count it themselves.
+for _pass in ("", "_backward"):
+    _flash = f"_scaled_dot_product_flash_attention%s{_pass}"
+    _on_gpus, _on_cpus = (getattr(torch.ops.aten, _flash % where) for where in ("", "_for_cpu"))
+    flop_registry.setdefault(_on_cpus, flop_registry[_on_gpus])
 
 # What the bodies of a family take and return, by the family's name.
 _SCHEMAS: dict[str, str] = {}

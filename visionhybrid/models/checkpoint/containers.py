@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 # Names under which weights are saved, best first: averaged weights are what authors evaluate and release.
@@ -74,6 +75,9 @@ def unwrap(content: Any, key: str | None = None) -> Unwrapped:
             )
         elif _is_state(content):
             state = {name: t.detach() for name, t in content.items() if isinstance(t, Tensor)}
+            odd = [name for name, t in state.items() if t.layout != torch.strided or t.is_quantized]
+            if odd:
+                raise ValueError(f"{_list(odd)}: sparse or quantised tensors are not read" + _at(path))
             other += [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
             return Unwrapped(state, ".".join(path), alternatives, tuple(other))
         else:
