@@ -56,7 +56,8 @@ class Target:
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One comparison. `build(device)` returns the peer first; `judged` is false where the size is not the targets'; `apart`: to be
-    measured in a process of its own.
+    measured in a process of its own. `minutes`: a call takes minutes, so every one counts: nothing is run for warmth, rounds are
+    weighed while they are timed, and operations are not counted.
 
     Cases of one `family` differ in `length` alone: the report also shows them side by side.
     """
@@ -68,6 +69,7 @@ class Case:
     rounds: int = 7
     judged: bool = True
     apart: bool = False
+    minutes: bool = False
     family: str = ""
     length: int = 0
 
@@ -181,12 +183,14 @@ def measure(
     for turn in range(case.rounds):
         for runner, row in zip(runners, rows, strict=True):
             report(f"round {turn + 1} of {case.rounds}: {runner.name}", 0.1 + 0.6 * turn / case.rounds)
-            row.seconds.append(stopwatch(runner.run, device))
+            _time(runner, row, device, weigh=case.minutes)
     for i, (runner, row) in enumerate(zip(runners, rows, strict=True)):
         report(f"memory: {runner.name}", 0.7 + 0.3 * i / len(runners))
-        _weigh(runner, row, device)
-    count = operations(runners[0].run)
-    if peaks is not None:
+        row.held = memory.held(runner.holds)
+        if not case.minutes:
+            _weigh(runner, row, device)
+    count = 0 if case.minutes else operations(runners[0].run)
+    if peaks is not None and count:
         for runner, row in zip(runners, rows, strict=True):
             row.floor = peaks.floor(count, row.held, runner.dtype)
     return Result(
@@ -221,20 +225,31 @@ def _compare(case: Case, runners: Sequence[Runner]) -> list[Measured]:
                 f"(relative L2), allowed {runner.tolerance:.1e}; nothing was timed"
             )
         rows.append(Measured(name=runner.name, dtype=name_of(runner.dtype), error=error))
-        if runner.output is not None:
+        if runner.output is not None and not case.minutes:
             runner.run()
     return rows
 
 
+def _time(runner: Runner, row: Measured, device: torch.device, *, weigh: bool) -> None:
+    def run() -> None:
+        row.seconds.append(stopwatch(runner.run, device))
+
+    if weigh:
+        row.growth.append(_growth(run, device))
+    else:
+        run()
+
+
 def _weigh(runner: Runner, row: Measured, device: torch.device) -> None:
     row.live = memory.live(runner.run)
-    row.held = memory.held(runner.holds)
     for _ in range(1 if row.time > LONG else MEMORY_REPEATS):
-        if device.type == "cuda":
-            growth = memory.device(runner.run)
-        else:
-            growth = memory.resident(runner.run)
-        row.growth.append(row.live if growth is None else growth)
+        row.growth.append(_growth(runner.run, device, row.live))
+
+
+def _growth(run: Callable[[], Any], device: torch.device, otherwise: int = 0) -> int:
+    """Bytes at the peak of a call, by the judge of the device; `otherwise` where there is none."""
+    growth = memory.device(run) if device.type == "cuda" else memory.resident(run)
+    return otherwise if growth is None else growth
 
 
 def _judge(case: Case, rows: Sequence[Measured]) -> list[Verdict]:
