@@ -31,10 +31,11 @@ def gelu_of_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _fuses(dtype: torch.dtype) -> bool:
+    # In float32 it is an eighth faster for the whole network, but its scratch memory raises the peak above half of the peers'.
     ops = torch.ops.mkldnn
     if not (torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")):
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported())
+    return dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported()
 
 
 def accumulate(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
