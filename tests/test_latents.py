@@ -34,7 +34,7 @@ from visionhybrid.train.config import (
     Loop,
     Sampling,
 )
-from visionhybrid.train.encoding import encode_images
+from visionhybrid.train.encoding import Stores, encode_images
 
 FACTS = {"kind": "test", "of": 1}
 
@@ -224,7 +224,8 @@ class Counting(Autoencoder):
 def encode(folder, vae, *, size=8, flip=0.0, draw="sample", notes=None, **cache):
     images = LabelledImages(TimmSource("", str(folder), "train"), None)
     given = Cache(folder=str(folder.parent / "cache"), batch=4, **cache)
-    return encode_images(images, vae, size, given, flip=flip, draw=draw, notes=[] if notes is None else notes)
+    stores = Stores(given, [] if notes is None else notes)
+    return encode_images(images, vae, size, stores, flip=flip, draw=draw)
 
 
 def test_images_are_encoded_once(folder, monkeypatch):

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from visionhybrid.data.classification import stamp_of
-from visionhybrid.data.scan import find_pictures
+from visionhybrid.data.scan import find_pictures, split_folders
 
 
 class Captioned:
@@ -58,17 +58,11 @@ def open_captions(
     Raises:
         ValueError: no folder or image, metadata that cannot be read or name no such image, a caption that is missing.
     """
-    base = Path(root)
-    if not root or not base.is_dir():
-        raise ValueError(f"data.root: no such folder: {root or '(empty)'}")
     notes: list[str] = []
-    first = base / train if train and (base / train).is_dir() else base
-    if held_out and (base / held_out).is_dir():
-        if first == base:
-            raise ValueError(f"data.root: {base} has a folder {held_out!r} but none {train!r}")
-        splits = [_read(folder, column, skip, notes) for folder in (first, base / held_out)]
-        return splits[0], splits[1], notes
+    first, second = split_folders(root, train, held_out)
     found = _read(first, column, skip, notes)
+    if second is not None:
+        return found, _read(second, column, skip, notes), notes
     if not hold_out:
         return found, found, notes
     rest = found.every(hold_out, others=True)

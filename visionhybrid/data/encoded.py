@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from visionhybrid.data.errors import CorruptSample
+from visionhybrid.data.scan import split_folders
 
 
 class Encoded:
@@ -53,12 +54,10 @@ def open_encoded(root: str, train: str, held_out: str, hold_out: int) -> tuple[E
         hold_out: without a folder `held_out` every so many-th file is held out; 0: all serve for both.
     Raises: ValueError: no folder or file, or a first file that cannot be read.
     """
-    base = Path(root)
-    if not root or not base.is_dir():
-        raise ValueError(f"data.root: no such folder: {root or '(empty)'}")
-    if held_out and (base / held_out).is_dir():
-        return Encoded(_files(base / train)), Encoded(_files(base / held_out))
-    files = _files(base / train if train and (base / train).is_dir() else base)
+    first, second = split_folders(root, train, held_out)
+    files = _files(first)
+    if second is not None:
+        return Encoded(files), Encoded(_files(second))
     rest = [file for i, file in enumerate(files) if not hold_out or i % hold_out]
     if not rest:
         raise ValueError(f"text.hold_out: every {hold_out}-th of {len(files)} files leaves none to train on")

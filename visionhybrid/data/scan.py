@@ -40,6 +40,22 @@ def find_pictures(root: str | Path) -> list[str]:
     return sorted(found)
 
 
+def split_folders(root: str, train: str, held_out: str) -> tuple[Path, Path | None]:
+    """The folders of a data set: that to train on, `root` itself where it has none, and the held-out one, if there is one.
+
+    Raises: ValueError: no such root, or a held-out folder beside none to train on.
+    """
+    base = Path(root)
+    if not root or not base.is_dir():
+        raise ValueError(f"data.root: no such folder: {root or '(empty)'}")
+    first = base / train if train and (base / train).is_dir() else base
+    if not (held_out and (base / held_out).is_dir()):
+        return first, None
+    if first == base:
+        raise ValueError(f"data.root: {base} has a folder {held_out!r} but none {train!r}")
+    return first, base / held_out
+
+
 def read_list(path: str | Path) -> list[str]:
     """Names from a meta-info list: one relative path a line, a size in brackets after it is ignored.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,9 @@ class Autoencoder:
         found = self.net.encode(images)
         return found.latent_dist.parameters if self.stochastic else found.latent
 
+    @cached_property
     def fingerprint(self) -> str:
-        """A hash of weights and config."""
+        """A hash of weights and config, which are not trained."""
         return fingerprint(self.net)
 
 

@@ -10,10 +10,14 @@ import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # torch 2.11 counts softmax attention on GPUs only; later ones count it themselves.
-for _pass in ("", "_backward"):
-    _flash = f"_scaled_dot_product_flash_attention%s{_pass}"
-    _on_gpus, _on_cpus = (getattr(torch.ops.aten, _flash % where) for where in ("", "_for_cpu"))
-    flop_registry.setdefault(_on_cpus, flop_registry[_on_gpus])
+_aten, _counts = torch.ops.aten, flop_registry
+_counts.setdefault(
+    _aten._scaled_dot_product_flash_attention_for_cpu, _counts[_aten._scaled_dot_product_flash_attention]
+)
+_counts.setdefault(
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    _counts[_aten._scaled_dot_product_flash_attention_backward],
+)
 
 # What the bodies of a family take and return, by the family's name.
 _SCHEMAS: dict[str, str] = {}

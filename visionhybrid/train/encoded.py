@@ -1,4 +1,4 @@
-"""Training the denoiser of a pipeline on data that come encoded (`data.dataset=encoded`), and encoding clips so.
+"""Encoding clips for training on data that come encoded (`data.dataset=encoded`).
 
 encode_clips("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "clips/", "encoded/", frames=81, height=480, width=832)
 """
@@ -6,50 +6,16 @@ encode_clips("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "clips/", "encoded/", frames=81
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageSequence
 from safetensors.torch import save
 from torch import Tensor
 
-from visionhybrid.data.encoded import Encoded
 from visionhybrid.data.images import atomic
 from visionhybrid.data.scan import find_pictures
 from visionhybrid.diffusion.denoisers import family_of, open_any
 from visionhybrid.infer.progress import bar
-from visionhybrid.train.config import ConfigError, Generation
-from visionhybrid.train.generators import OfPipeline
-
-UNUSED = dict.fromkeys(("vae", "text_encoder", "tokenizer"))  # large, and their work is done
-
-
-class OfEncoded(OfPipeline):
-    """The denoiser of a pipeline, by itself. The noise is the config's business, and no pictures are drawn."""
-
-    vae: Any = None
-    draws = False
-
-    def __init__(self, config: Generation) -> None:
-        self.config = config
-        if config.latent.vae or config.model.options:
-            raise ConfigError("latent.vae and model.options: a pipeline brings its own autoencoder and model")
-        if config.diffusion.drop_label:
-            raise ConfigError("diffusion.drop_label: encoded captions cannot be dropped, set it to 0")
-        try:
-            self.pipe = open_any(config.model.pipeline, **UNUSED)
-            self.family = family_of(self.pipe)
-        except ValueError as error:
-            raise ConfigError(f"model.pipeline: {error}") from None
-        self.scheduler = None
-
-    def check(self, data: Encoded) -> None:
-        """Raises: ConfigError: the samples are another model's."""
-        channels = data.shapes["latent"][0]
-        if channels != self.family.channels:
-            raise ConfigError(
-                f"data.root: latents have {channels} channels, the denoiser takes {self.family.channels}"
-            )
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,26 +24,37 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 Row = dict[str, Tensor]
 
 
+class Stores:
+    """The stores of a run: each is opened, and its files read through, once, however many data sets it serves.
+
+    Args:
+        notes: gets a line for whatever is damaged, or cannot be encoded.
+    """
+
+    def __init__(self, cache: Cache, notes: list[str]) -> None:
+        self.cache, self.notes = cache, notes
+        self._open: dict[Path, Store] = {}
+
+    def open(self, kind: str, **facts: Any) -> Store:
+        store = Store(self.cache.folder, {"kind": kind, "precision": self.cache.precision, **facts})
+        if store.folder not in self._open:
+            self.notes += store.scan()
+            self._open[store.folder] = store
+        return self._open[store.folder]
+
+
 def encode_images(
-    images: LabelledImages,
-    vae: Autoencoder,
-    size: int,
-    cache: Cache,
-    *,
-    flip: float,
-    draw: str,
-    notes: list[str],
+    images: LabelledImages, vae: Autoencoder, size: int, stores: Stores, *, flip: float, draw: str
 ) -> Latents:
-    """The latents of `images` at `size` pixels; those that the cache lacks are encoded. What was left out goes to `notes`.
+    """The latents of `images` at `size` pixels; those that the cache lacks are encoded.
 
     Raises: StoreError: the cache cannot be written, or rows of another process are not there. ValueError: no image can be read.
     """
-    found = _Images(images, vae, size, cache, views=2 if flip else 1)
-    notes += found.store.scan()
-    found.encode_all(cache.batch)
+    found = _Images(images, vae, size, stores, views=2 if flip else 1)
+    found.encode_all(stores.cache.batch)
     if problems := found.problems:
         first = problems[min(problems)]
-        notes.append(
+        stores.notes.append(
             f"{len(problems)} of {len(images)} images cannot be read and are left out, first {first}"
         )
     if not found.keys:
@@ -56,17 +68,17 @@ def encode_images(
 class _Images:
     """Images on their way into a store. `keys`, `labels` and `problems`: what is known of each by its number."""
 
-    def __init__(self, images: LabelledImages, vae: Autoencoder, size: int, cache: Cache, views: int) -> None:
+    def __init__(
+        self, images: LabelledImages, vae: Autoencoder, size: int, stores: Stores, views: int
+    ) -> None:
         self.images, self.vae, self.cut, self.views = images, vae, Cut(size), views
-        self.cache = cache
-        facts = {
-            "kind": "latents",
-            "vae": vae.fingerprint(),
-            "image": f"{images.mode}, shorter side {size} bicubic, central square",
-            "views": ["plain", "mirrored"][:views],
-            "precision": cache.precision,
-        }
-        self.store = Store(cache.folder, facts)
+        self.precision = stores.cache.precision
+        self.store = stores.open(
+            "latents",
+            vae=vae.fingerprint,
+            image=f"{images.mode}, shorter side {size} bicubic, central square",
+            views=["plain", "mirrored"][:views],
+        )
         self.keys: dict[int, str] = {}
         self.labels: dict[int, int] = {}
         self.problems: dict[int, CorruptSample] = {}
@@ -109,7 +121,7 @@ class _Images:
             "size": torch.tensor([image.size[::-1] for image in batch]),
             "corner": torch.tensor([self.cut.corner(image) for image in batch]),
         }
-        return _rows(found, self.cache)
+        return _rows(found, self.precision)
 
 
 class Texts:
@@ -129,25 +141,22 @@ def encode_captions(
     captions: Sequence[str],
     encode: Callable[[list[str]], Row],
     nothing: Callable[[], Row],
-    cache: Cache,
-    *,
+    stores: Stores,
     facts: dict[str, Any],
-    notes: list[str],
 ) -> Texts:
     """`captions` encoded, and after the last one what stands for none.
 
     Args:
         encode: texts -> tensors with a row for each. nothing: the same for no text. facts: what the rows depend on.
     """
-    store = Store(cache.folder, {"kind": "captions", "precision": cache.precision, **facts})
-    notes += store.scan()
+    store, cache = stores.open("captions", **facts), stores.cache
     keys = [digest(b"caption", text.encode()) for text in captions] + [digest(b"nothing")]
 
     def work(batch: list[Any]) -> list[Row]:
         texts = [text for text in batch if text is not None]
         parts = [encode(texts)] if texts else []
         parts += [nothing()] if len(texts) < len(batch) else []
-        return [row for part in parts for row in _rows(part, cache)]
+        return [row for part in parts for row in _rows(part, cache.precision)]
 
     first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
     wanted = [index for key, index in first.items() if key not in store]
@@ -164,12 +173,12 @@ def encode_captions(
     return Texts(store.rows(keys))
 
 
-def _rows(found: Row, cache: Cache) -> list[Row]:
+def _rows(found: Row, precision: str) -> list[Row]:
     """Tensors with a row for each -> their rows, as they are stored."""
-    dtype = DTYPES[cache.precision]
+    dtype = DTYPES[precision]
     kept = {name: v.to(dtype) if v.is_floating_point() else v.long() for name, v in found.items()}
     if bad := [name for name, value in kept.items() if not value.isfinite().all()]:
-        raise ValueError(f"cache.precision: {bad[0]} of an encoder is not finite in {cache.precision}")
+        raise ValueError(f"cache.precision: {bad[0]} of an encoder is not finite in {precision}")
     return [dict(zip(kept, values, strict=True)) for values in zip(*kept.values(), strict=True)]
 
 

@@ -26,9 +26,8 @@ from visionhybrid.diffusion.drawing import sheet
 from visionhybrid.train import state
 from visionhybrid.train.config import ConfigError, Generation
 from visionhybrid.train.distill import Inputs
-from visionhybrid.train.encoded import OfEncoded
-from visionhybrid.train.encoding import Texts, encode_captions, encode_images, on_device
-from visionhybrid.train.generators import RELEASED, OfPipeline, noise_of, open_generator
+from visionhybrid.train.encoding import Stores, Texts, encode_captions, encode_images, on_device
+from visionhybrid.train.generators import RELEASED, OfEncoded, OfPipeline, noise_of, open_generator
 from visionhybrid.train.judge import Judge
 from visionhybrid.train.noising import Noising, noising, squared_errors
 from visionhybrid.train.sampler import Sample, stack
@@ -75,8 +74,11 @@ class Generate:
         self.higher_is_better = self.judge is not None
         train, held_out = self._sources()
         flips = (config.flip, 0.0)
-        images = [self._images(source, flip) for source, flip in zip((train, held_out), flips, strict=True)]
-        texts = [self._texts(source) for source in (train, held_out)]
+        stores = Stores(config.cache, self.notes)
+        images = [
+            self._images(source, flip, stores) for source, flip in zip((train, held_out), flips, strict=True)
+        ]
+        texts = self._texts(train, held_out, stores)
         self.prompts = tuple(config.text.prompts or getattr(held_out, "captions", ()))
         nothing = -1 if texts[0] else config.data.num_classes
         self.train_set = Noised(images[0], self.noising, config.diffusion.drop_label, nothing, texts[0])
@@ -139,7 +141,7 @@ class Generate:
                 f"{names[first] if names else first}"
             )
 
-    def _images(self, source: Source | Encoded, flip: float) -> Images:
+    def _images(self, source: Source | Encoded, flip: float, stores: Stores) -> Images:
         if isinstance(source, Encoded):
             return source
         config, size = self.config, self.config.data.image_size
@@ -147,23 +149,22 @@ class Generate:
         vae = self.generator.vae
         if vae is None:
             return images
-        return encode_images(
-            images, vae, size, config.cache, flip=flip, draw=config.latent.draw, notes=self.notes
-        )
+        return encode_images(images, vae, size, stores, flip=flip, draw=config.latent.draw)
 
-    def _texts(self, source: Source | Encoded) -> Texts | None:
-        if not (isinstance(self.generator, OfPipeline) and isinstance(source, Captioned)):
-            return None
+    def _texts(
+        self, train: Source | Encoded, held_out: Source | Encoded, stores: Stores
+    ) -> tuple[Texts | None, Texts | None]:
+        if not (isinstance(train, Captioned) and isinstance(held_out, Captioned)):
+            return None, None
+        assert isinstance(self.generator, OfPipeline)  # `_sources`: nothing else has captions
         family = self.generator.family
+        facts = family.facts()
         with on_device(*family.text_encoders):
-            return encode_captions(
-                source.captions,
-                family.encode,
-                family.nothing,
-                self.config.cache,
-                facts=family.facts(),
-                notes=self.notes,
+            first, second = (
+                encode_captions(source.captions, family.encode, family.nothing, stores, facts)
+                for source in (train, held_out)
             )
+        return first, second
 
     # -- training ----------------------------------------------------------------------------------------------------
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visionhybrid.data.encoded import Encoded
 from visionhybrid.diffusion import lora
 from visionhybrid.diffusion.autoencoder import Autoencoder, open_autoencoder
-from visionhybrid.diffusion.denoisers import Inputs, family_of, open_any
+from visionhybrid.diffusion.denoisers import Family, Inputs, family_of, open_any
 from visionhybrid.diffusion.new import MODELS, create, open_model
 from visionhybrid.train.config import ConfigError, Generation, Sampling
 
@@ -35,8 +36,6 @@ def open_generator(config: Generation) -> NewModel | OfPipeline:
         )
     _check_numbers(config)
     if config.data.dataset == "encoded" and pipeline:
-        from visionhybrid.train.encoded import OfEncoded  # it stands on this file
-
         return OfEncoded(config)
     return OfPipeline(config) if pipeline else NewModel(config)
 
@@ -139,15 +138,7 @@ class OfPipeline:
 
     def __init__(self, config: Generation) -> None:
         self.config = config
-        if config.latent.vae or config.model.options:
-            raise ConfigError("latent.vae and model.options: a pipeline brings its own autoencoder and model")
-        if not config.model.start_strict:
-            raise ConfigError("model.start_strict: the denoiser of a pipeline is taken as a whole")
-        try:
-            self.pipe = open_any(config.model.pipeline)
-            self.family = family_of(self.pipe, config.text.max_length)
-        except ValueError as error:
-            raise ConfigError(f"model.pipeline: {error}") from None
+        self.pipe, self.family = _opened(config)
         self.family.guidance = config.text.guidance
         self.vae = _checked(config, Autoencoder(self.pipe.vae), self.family.unit)
         channels, side = self.vae.channels, config.data.image_size // self.vae.factor
@@ -232,6 +223,42 @@ class OfPipeline:
                 for part in others:  # the memory is the training's
                     part.to("cpu")
         return found.images.cpu()
+
+
+class OfEncoded(OfPipeline):
+    """The denoiser of a pipeline, by itself. The noise is the config's business, and no pictures are drawn."""
+
+    vae: Any = None
+    draws = False
+
+    def __init__(self, config: Generation) -> None:
+        self.config = config
+        if config.diffusion.drop_label:
+            raise ConfigError("diffusion.drop_label: encoded captions cannot be dropped, set it to 0")
+        # what is large, and whose work is done
+        self.pipe, self.family = _opened(config, vae=None, text_encoder=None, tokenizer=None)
+        self.scheduler = None
+
+    def check(self, data: Encoded) -> None:
+        """Raises: ConfigError: the samples are another model's."""
+        channels = data.shapes["latent"][0]
+        if channels != self.family.channels:
+            raise ConfigError(
+                f"data.root: latents have {channels} channels, the denoiser takes {self.family.channels}"
+            )
+
+
+def _opened(config: Generation, **components: Any) -> tuple[Any, Family]:
+    """The pipeline, with these components instead of its own, and its ways."""
+    if config.latent.vae or config.model.options:
+        raise ConfigError("latent.vae and model.options: a pipeline brings its own autoencoder and model")
+    if not config.model.start_strict:
+        raise ConfigError("model.start_strict: the denoiser of a pipeline is taken as a whole")
+    try:
+        pipe = open_any(config.model.pipeline, **components)
+        return pipe, family_of(pipe, config.text.max_length)
+    except ValueError as error:
+        raise ConfigError(f"model.pipeline: {error}") from None
 
 
 def _check_numbers(config: Generation) -> None:

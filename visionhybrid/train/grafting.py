@@ -20,7 +20,7 @@ from visionhybrid.train import recipes, state, task
 from visionhybrid.train.config import Config, ConfigError, Grafting, check
 from visionhybrid.train.distill import Inputs, distance, output, regress, substituted
 from visionhybrid.train.graft import Grafts
-from visionhybrid.train.loop import make_accelerator
+from visionhybrid.train.parts import make_accelerator
 from visionhybrid.train.session import run, validate
 
 PHASES = ("alone", "whole", "tune")
