@@ -69,13 +69,7 @@ def ip_adapter(unet):
             for key in ("to_k_ip", "to_v_ip"):
                 weights[f"{number}.{key}.weight"] = torch.randn(module.inner_dim, 32)
             number += 2
-    image = {
-        "proj.weight": torch.randn(4 * 32, 16),
-        "proj.bias": torch.randn(4 * 32),
-        "norm.weight": torch.ones(32),
-        "norm.bias": torch.zeros(32),
-    }
-    return {"image_proj": image, "ip_adapter": weights}
+    return {"image_proj": tiny.image_projection(), "ip_adapter": weights}
 
 
 def test_ip_adapter_keeps_the_mixers():

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tiny_transformers as tiny
 import torch
-from tiny_pipelines import draw
+from tiny_pipelines import draw, image_projection, saved_and_loaded
 from tiny_transformers import DOUBLE, GRIDS, INPUTS, flux_inputs, output, places, sana_inputs, transformer
 
 import visionhybrid
@@ -148,13 +148,9 @@ def test_cross_attention_is_refused_by_name(name):
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipeline_with_mixers_is_saved_and_loaded(name, tmp_path):
-    from diffusers import DiffusionPipeline
-
     pipe = getattr(tiny, name)()
     visionhybrid.attach(pipe, "linfusion", zero_init=False)
-    pipe.save_pretrained(tmp_path)
-    loaded = DiffusionPipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
+    loaded = saved_and_loaded(pipe, tmp_path)
     assert str(visionhybrid.describe(loaded)) == str(visionhybrid.describe(pipe))
     torch.testing.assert_close(draw(loaded), draw(pipe), rtol=0, atol=2e-6)
 
@@ -263,13 +259,7 @@ def ip_adapter(model):
         for key in ("to_k_ip", "to_v_ip")
         for leaf, shape in (("weight", (32, 32)), ("bias", (32,)))
     }
-    image = {
-        "proj.weight": torch.randn(4 * 32, 16),
-        "proj.bias": torch.randn(4 * 32),
-        "norm.weight": torch.ones(32),
-        "norm.bias": torch.zeros(32),
-    }
-    return {"image_proj": image, "ip_adapter": projections}
+    return {"image_proj": image_projection(), "ip_adapter": projections}
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "clear"])

@@ -22,13 +22,9 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipeline_with_mixers_is_saved_and_loaded(name, tmp_path):
-    from diffusers import DiffusionPipeline
-
     pipe = getattr(tiny, name)()
     visionhybrid.attach(pipe, "linfusion", zero_init=False)
-    pipe.save_pretrained(tmp_path)
-    loaded = DiffusionPipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
+    loaded = tiny.saved_and_loaded(pipe, tmp_path)
     state, again = denoiser(pipe).state_dict(), denoiser(loaded).state_dict()
     assert again.keys() == state.keys()
     assert all(torch.equal(again[key], value) for key, value in state.items())

@@ -248,3 +248,20 @@ def draw(pipeline, *, size=(32, 32), seed=0, **call):
     noise = torch.Generator().manual_seed(seed)
     output = pipeline(generator=noise, output_type="np", **call)
     return torch.from_numpy(output.images if hasattr(output, "images") else output.frames)
+
+
+def saved_and_loaded(pipe, folder):
+    from diffusers import DiffusionPipeline
+
+    pipe.save_pretrained(folder)
+    return _quiet(DiffusionPipeline.from_pretrained(folder))
+
+
+def image_projection():
+    """What an IP-Adapter's file holds of its image encoder: four tokens of width 32, made up."""
+    return {
+        "proj.weight": torch.randn(4 * 32, 16),
+        "proj.bias": torch.randn(4 * 32),
+        "norm.weight": torch.ones(32),
+        "norm.bias": torch.zeros(32),
+    }
