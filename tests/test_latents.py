@@ -47,6 +47,15 @@ def files(folder):
     return sorted(folder.rglob("*.safetensors"))
 
 
+def damage(path, *, seen=True):
+    """One bit of the last row. Not `seen`: under the size and time of the whole file."""
+    before = path.stat().st_mtime_ns
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before, before + seen))
+
+
 # ---- the store
 
 
@@ -77,9 +86,7 @@ def test_a_damaged_row_is_absent_and_a_cut_file_goes(tmp_path):
             store.add(f"key{number}", row(number))
         store.flush()
     first, second = files(tmp_path)
-    content = bytearray(first.read_bytes())
-    content[-1] ^= 1  # in the last row
-    first.write_bytes(content)
+    damage(first)
     second.write_bytes(second.read_bytes()[:-1])
     again = Store(tmp_path, FACTS)
     notes = again.scan()
@@ -105,6 +112,49 @@ def test_a_damaged_row_is_absent_and_a_cut_file_goes(tmp_path):
         again.rows(["key0", "key9"])
 
 
+def test_a_file_is_compared_once_and_again_when_it_changed(tmp_path, monkeypatch):
+    store = Store(tmp_path, FACTS)
+    for number in range(3):
+        store.add(f"key{number}", row(number))
+    store.flush()
+    (path,) = files(tmp_path)
+    compared = []
+    whole = store_module._File.checksum
+    monkeypatch.setattr(
+        store_module._File,
+        "checksum",
+        lambda self, number, content: compared.append(number) or whole(self, number, content),
+    )
+
+    def scanned(**how):
+        compared.clear()
+        again = Store(tmp_path, FACTS)
+        return again, again.scan(**how), len(compared)
+
+    assert scanned()[1:] == ([], 0)
+    assert scanned(full=True)[1:] == ([], 3)
+    os.utime(path)
+    assert scanned()[1:] == ([], 3)
+    assert scanned()[1:] == ([], 0)
+    (store.folder / store_module.CHECKED).write_text("{")  # unreadable: as if it were not there
+    assert scanned()[1:] == ([], 3)
+    # damage that shows in neither size nor time is found where it is read, or where one asks for it
+    damage(path, seen=False)
+    again, notes, count = scanned()
+    assert (len(again), notes, count) == (3, [], 0)
+    again, notes, count = scanned(full=True)
+    assert (len(again), count) == (2, 3) and "1 of 3 rows" in notes[0]
+    again = scanned()[0]
+    with pytest.raises(StoreError, match="row 2 of .* is damaged; start again"):
+        again.rows(["key2"])[0]
+    again, notes, count = scanned()
+    assert (len(again), count) == (2, 3) and "1 of 3 rows" in notes[0]
+    again.add("key2", row(2))
+    again.flush()
+    again = scanned()[0]
+    assert torch.equal(again.rows(["key2"])[0]["a"], row(2)["a"])
+
+
 def test_a_full_disk_is_an_error_and_what_is_there_stays(tmp_path, monkeypatch):
     store = Store(tmp_path, FACTS)
     store.add("key0", row(0))
@@ -118,7 +168,9 @@ def test_a_full_disk_is_an_error_and_what_is_there_stays(tmp_path, monkeypatch):
         )
         with pytest.raises(StoreError, match=r"No space left.*what is cached stays valid"):
             store.flush()
-    assert len(list(store.folder.iterdir())) == 2  # the facts and the first file: nothing half-written
+    assert (
+        len(list(store.folder.iterdir())) == 3
+    )  # the facts, the first file, what was checked: nothing half-written
     again = Store(tmp_path, FACTS)
     assert again.scan() == []
     assert ("key0" in again, "key1" in again) == (True, False)
@@ -260,9 +312,7 @@ def test_what_is_damaged_is_encoded_again(folder):
     vae, notes = Counting(tiny_pipelines.vae()), []
     whole = [row if row is None else row["moments"] for row in encode(folder, vae).rows]
     (path,) = files(folder.parent / "cache")
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    damage(path)
     vae.seen = 0
     again = encode(folder, vae, notes=notes)
     assert vae.seen == 1

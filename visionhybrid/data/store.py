@@ -9,6 +9,11 @@ A folder for each set of facts holds `facts.json` and files of many rows each, s
 A file gets its name only when it is complete, and is never changed: processes fill a store together without asking each
 other, and at worst compute a row twice. Every row has a checksum; a damaged one counts as absent and is computed again.
 
+All rows of a file are compared with their checksums when a store first takes it in. `checked.json` keeps the size and time of
+files in which every row was right; as long as these hold, only their headers are read again, so that a start costs milliseconds
+for each file and not its reading. A row is compared whenever it is read in any case, and a file in which that finds damage
+gets a new time: the next scan reads it whole. `scan(full=True)`, or deleting `checked.json`, does so for all.
+
 A store also notes under which `stamp` (path, size and time of a file) a key was found, so that a file that did not change need
 not be read to know its key.
 """
@@ -18,11 +23,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +43,7 @@ from visionhybrid.data.images import ImageError, atomic
 
 FLUSH_BYTES = 32 << 20  # a file is written when its rows are so large,
 FLUSH_SECONDS = 60.0  # or so much time went into them: no more is lost when a process is killed
+CHECKED = "checked.json"  # name of a file -> its size and time (ns) when all its rows were right
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "I64": torch.int64}
 
 
@@ -101,6 +109,8 @@ class Rows(Sequence[dict[str, Tensor] | None]):
         except OSError as error:
             raise StoreError(f"cache: {file.path}: {error.strerror}; start again to make it anew") from None
         if digest(*content.values()) != self._checksums[index].decode():
+            with suppress(OSError):  # a cache that is only read cannot be made anew either
+                os.utime(file.path)  # so that the next scan does not trust it
             raise StoreError(f"cache: row {row} of {file.path} is damaged; start again to make it anew")
         return {
             name: torch.frombuffer(bytearray(content[name]), dtype=dtype).view(shape)
@@ -145,24 +155,44 @@ class Store:
     def __len__(self) -> int:
         return len(self._places) + len(self._waiting)
 
-    def scan(self) -> list[str]:
-        """Take in the files that appeared since the last scan. Returns a line for each in which something is damaged."""
+    def scan(self, *, full: bool = False) -> list[str]:
+        """Take in the files that appeared since the last scan.
+
+        Args:
+            full: compare every row of these with its checksum, also where `checked.json` says that this was done.
+        Returns: a line for each in which something is damaged.
+        """
         new = [path for path in sorted(self.folder.glob("*.safetensors")) if path.name not in self._known]
         self._known.update(path.name for path in new)
-        notes = []
+        notes, right = [], {}
+        before = {} if full or not new else self._checked()
         with ThreadPoolExecutor() as threads:  # reading and hashing let each other run
-            for path, found in zip(new, threads.map(_open, new), strict=True):
+            opened = threads.map(lambda path: _open(path, before.get(path.name)), new)
+            for path, found in zip(new, opened, strict=True):
                 if isinstance(found, str):
                     notes.append(f"cache: {path} is damaged ({found}) and is made anew")
                     path.unlink(missing_ok=True)
                     continue
-                file, rows, stamps = found
+                file, rows, stamps, state = found
                 good = {key: (file, i, checksum) for i, (key, checksum, fits) in enumerate(rows) if fits}
                 self._places |= good
                 self.stamps |= stamps
                 if bad := sum(not fits for _, _, fits in rows):
                     notes.append(f"cache: {bad} of {len(rows)} rows of {path} are damaged and are made anew")
+                elif before.get(path.name) != state:
+                    right[path.name] = state
+        if right:
+            with suppress(StoreError):  # without it the files are read whole next time, no more
+                self._write(self.folder / CHECKED, json.dumps(self._checked() | right).encode())
         return notes
+
+    def _checked(self) -> dict[str, list[int]]:
+        """Processes that write it together may lose each other's lines: those files are then read once more."""
+        try:
+            found = json.loads((self.folder / CHECKED).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def rows(self, keys: Sequence[str | None]) -> Rows:
         """What is on the disk under `keys`, in their order; None stands for nothing.
@@ -222,33 +252,45 @@ class Store:
             ) from None
 
 
-def _open(path: Path) -> tuple[_File, list[tuple[str, str, bool]], dict[str, str]] | str:
-    """A file's layout, for each row its key, checksum and whether that is right, and the stamps; or why it is not one of ours."""
+_Opened = tuple[_File, list[tuple[str, str, bool]], dict[str, str], list[int]]
+
+
+def _open(path: Path, before: list[int] | None) -> _Opened | str:
+    """A file's layout, for each row its key, checksum and whether that is right, the stamps, and its size and time.
+
+    Where these are `before` the rows are not compared. Returns why, if it is not one of ours.
+    """
     try:
-        content = memoryview(path.read_bytes())
-        file, about = _layout(path, content)
-        checked = [
-            (key, checksum, file.checksum(number, content) == checksum)
-            for number, (key, checksum) in enumerate(zip(about["keys"], about["checksums"], strict=True))
-        ]
-        return file, checked, about["stamps"]
+        with open(path, "rb") as file:
+            stat = os.fstat(file.fileno())
+            state = [stat.st_size, stat.st_mtime_ns]
+            length = int.from_bytes(file.read(8), "little")
+            if 8 + length > stat.st_size:
+                raise ValueError("cut off")
+            layout, about = _layout(path, file.read(length), stat.st_size)
+            named = list(zip(about["keys"], about["checksums"], strict=True))
+            fits = [True] * len(named)
+            if state != before:
+                file.seek(0)
+                content = memoryview(file.read())
+                fits = [layout.checksum(row, content) == checksum for row, (_, checksum) in enumerate(named)]
+        rows = [(key, checksum, right) for (key, checksum), right in zip(named, fits, strict=True)]
+        return layout, rows, about["stamps"], state
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return str(error) or type(error).__name__
 
 
-def _layout(path: Path, content: memoryview) -> tuple[_File, dict[str, Any]]:
-    length = int.from_bytes(content[:8], "little")
-    if length > len(content):
-        raise ValueError("cut off")
-    header = json.loads(bytes(content[8 : 8 + length]))
+def _layout(path: Path, head: bytes, size: int) -> tuple[_File, dict[str, Any]]:
+    """Of a file of `size` bytes that begins with eight for the length of `head`."""
+    start = 8 + len(head)
+    header = json.loads(head)
     about = {name: json.loads(value) for name, value in header.pop("__metadata__").items()}
     # names in order, as the checksums take them
     tensors = {
-        name: (_TYPES[entry["dtype"]], tuple(entry["shape"][1:]), 8 + length + entry["data_offsets"][0])
+        name: (_TYPES[entry["dtype"]], tuple(entry["shape"][1:]), start + entry["data_offsets"][0])
         for name, entry in sorted(header.items())
     }
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if len(content) != end:
+    if size != start + max((entry["data_offsets"][1] for entry in header.values()), default=0):
         raise ValueError("cut off")
     if any(entry["shape"][0] != len(about["keys"]) for entry in header.values()):
         raise ValueError("not a row for each key")
