@@ -143,12 +143,14 @@ def test_a_file_is_compared_once_and_again_when_it_changed(tmp_path, monkeypatch
     again, notes, count = scanned()
     assert (len(again), notes, count) == (3, [], 0)
     again, notes, count = scanned(full=True)
-    assert (len(again), count) == (2, 3) and "1 of 3 rows" in notes[0]
+    assert (len(again), count) == (2, 3)
+    assert "1 of 3 rows" in notes[0]
     again = scanned()[0]
-    with pytest.raises(StoreError, match="row 2 of .* is damaged; start again"):
+    with pytest.raises(StoreError, match=r"row 2 of .* is damaged; start again"):
         again.rows(["key2"])[0]
     again, notes, count = scanned()
-    assert (len(again), count) == (2, 3) and "1 of 3 rows" in notes[0]
+    assert (len(again), count) == (2, 3)
+    assert "1 of 3 rows" in notes[0]
     again.add("key2", row(2))
     again.flush()
     again = scanned()[0]
