@@ -147,6 +147,7 @@ def inspect(
             ("tensors", f"{found.tensors}, {show.number(found.values)} numbers"),
             ("parameters", show.number(found.parameters) if found.parameters else ""),
             ("dtypes", ", ".join(f"{count} {name}" for name, count in found.dtypes.items())),
+            ("NaN or infinity", [f"{count} in {name}" for name, count in list(found.nonfinite.items())[:8]]),
             ("keys", found.keys),
             (
                 "metadata",

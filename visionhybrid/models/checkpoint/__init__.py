@@ -1,7 +1,7 @@
 """Checkpoints: `load` and `inspect` any published one, `save` ours, `warm_start` from another, `rename` keys by table.
 
 keys.py renames, files.py opens safely, containers.py unwraps, loading.py finds the system and loads, inspecting.py tells
-what there is, saving.py writes, pretrained.py finds published weights for `timm.create_model(..., pretrained=True)`.
+what there is, finite.py looks for NaN, saving.py writes, pretrained.py finds published weights for `timm.create_model(..., pretrained=True)`.
 """
 
 from visionhybrid.models.checkpoint.inspecting import Inspection, inspect

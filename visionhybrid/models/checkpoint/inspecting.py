@@ -9,6 +9,7 @@ from typing import Any
 
 from visionhybrid.models import registry
 from visionhybrid.models.checkpoint import loading
+from visionhybrid.models.checkpoint.finite import nonfinite
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Inspection:
     values: int  # numbers in all tensors, buffers included
     parameters: int | None  # trainable ones, as the built model counts them
     dtypes: dict[str, int]  # "float32" -> tensors
+    nonfinite: dict[str, int]  # tensors with NaN or infinity -> how many
     keys: tuple[str, ...]  # the first few
     metadata: dict[str, str]
     problem: str = ""  # why `load` would refuse the file
@@ -51,7 +53,7 @@ def inspect(source: loading.Source, *, key: str | None = None, prefix: str | Non
         options = loading.keywords(found, found.recorded)
         assert found.system is not None  # else `keywords` raised
         model = loading.outline(found, options)
-        loading.fit(found, model)
+        loading.require_finite(found, loading.fit(found, model))
     except ValueError as error:
         problem = str(error).removeprefix(f"{found.where}: ")
     known = found.system
@@ -73,6 +75,7 @@ def inspect(source: loading.Source, *, key: str | None = None, prefix: str | Non
         values=sum(t.numel() for t in found.state.values()),
         parameters=sum(p.numel() for p in model.parameters()) if model is not None else None,
         dtypes=dict(Counter(str(t.dtype).removeprefix("torch.") for t in found.state.values())),
+        nonfinite=nonfinite(found.state),
         keys=tuple(list(found.state)[:4]),
         metadata=dict(opened.metadata),
         problem=problem,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from visionhybrid.models import registry
 from visionhybrid.models.checkpoint import containers, files
+from visionhybrid.models.checkpoint.finite import nonfinite, told
 from visionhybrid.models.checkpoint.keys import UnknownKeysError
 from visionhybrid.models.registry import System
 
@@ -208,6 +209,7 @@ def load(
     system: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    allow_nonfinite: bool = False,
     **options: Any,
 ) -> nn.Module:
     """The ready model of a checkpoint, in eval mode. Architecture and options are read from keys and shapes.
@@ -221,13 +223,14 @@ def load(
         system: the system's name, should two recognise the weights.
         dtype: of the returned model's floats, "bfloat16" or a torch.dtype; float32 by default, whatever the file holds.
         device: where to put the model; the CPU by default.
+        allow_nonfinite: take weights with NaN or infinity, too, as they are.
         options: constructor keywords that no shape shows, such as `conv_scale` of HAT.
     Raises:
         ValueError: one line with path and reason: not a checkpoint, unknown architecture, unknown option, keys or shapes that
-            do not fit (missing, unexpected and differing ones are named).
+            do not fit (missing, unexpected and differing ones are named), weights with NaN or infinity, or too large for `dtype`.
     """
     found = find(source, key=key, prefix=prefix, system=system)
-    return _load(found, {**found.recorded, **options}, dtype, device)
+    return _load(found, {**found.recorded, **options}, dtype, device, allow_nonfinite)
 
 
 def load_as(
@@ -237,6 +240,7 @@ def load_as(
     key: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    allow_nonfinite: bool = False,
     **options: Any,
 ) -> nn.Module:
     """The registered model `name` (a tag may follow a dot) with the weights of `source`, in eval mode.
@@ -251,7 +255,7 @@ def load_as(
     registry.require(base)
     found = find(source, key=key, system=registry.SYSTEM_OF[base])
     made_with = registry.hidden(registry.VARIANTS[base])
-    return _load(found, {**made_with, **options}, dtype, device, name)
+    return _load(found, {**made_with, **options}, dtype, device, allow_nonfinite, name)
 
 
 def _load(
@@ -259,6 +263,7 @@ def _load(
     given: Mapping[str, Any],
     dtype: torch.dtype | str | None,
     device: torch.device | str | None,
+    allow_nonfinite: bool,
     name: str = "",
 ) -> nn.Module:
     wanted = as_dtype(dtype)
@@ -270,7 +275,23 @@ def _load(
     model.load_state_dict(state, strict=True)
     registry.remember(model, found.system, chosen)
     _set_pretrained_cfg(model, found, name or next(iter(registry.names_of(found.system, chosen)), ""))
-    return model.to(device=device, dtype=wanted).eval()
+    model = model.to(device=device, dtype=wanted).eval()
+    if not allow_nonfinite:
+        require_finite(found, model.state_dict())
+    return model
+
+
+def require_finite(found: Found, taken: Mapping[str, Tensor]) -> None:
+    """ValueError if `taken`, what a model takes of `found`, has NaN or infinity; named as in the file."""
+    bad = nonfinite(taken)
+    if not bad:
+        return
+    if inside := nonfinite(found.state):
+        reason = f"{told(inside, len(found.state))}; load(..., allow_nonfinite=True) takes them as they are"
+    else:
+        dtype = str(taken[next(iter(bad))].dtype).removeprefix("torch.")
+        reason = f"in {dtype} {told(bad, len(taken))}; it does not reach that far"
+    raise ValueError(f"{found.where}: {reason}")
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

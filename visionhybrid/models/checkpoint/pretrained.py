@@ -54,6 +54,7 @@ def matching(source: loading.Source, system: System, name: str) -> dict[str, Ten
         )
     if loading.keywords(found, found.recorded).get("deployed"):
         raise ValueError(f"{found.where}: these weights are deployed; open them with visionhybrid.load")
+    loading.require_finite(found, system.convert(found.state))
     return found.state
 
 

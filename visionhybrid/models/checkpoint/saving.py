@@ -147,7 +147,8 @@ def warm_start(model: nn.Module, source: loading.Source, *, key: str | None = No
         source, key: as in `load`.
     Returns: which tensors were loaded, new, of another shape, unused.
     Raises:
-        ValueError: nothing fits, or the checkpoint is deployed (folded weights cannot be trained further).
+        ValueError: nothing fits, what does has NaN or infinity, or the checkpoint is deployed (folded weights cannot be
+            trained further).
     """
     found = loading.find(source, key=key)
     if found.system is None:
@@ -161,6 +162,7 @@ def warm_start(model: nn.Module, source: loading.Source, *, key: str | None = No
     loaded = [name for name in state if name in target and state[name].shape == target[name].shape]
     if not loaded:
         raise ValueError(f"{found.where}: no tensor of this {found.system.name} fits the model")
+    loading.require_finite(found, {name: state[name] for name in loaded})
     with torch.no_grad():
         for name in loaded:
             target[name].copy_(state[name])
