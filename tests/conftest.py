@@ -1,5 +1,6 @@
 """Settings of every test: few threads (the suite runs in two processes), Triton interpreted where there is no GPU."""
 
+import contextlib
 import os
 
 # Read when the libraries are imported, so they must stand before the first import of torch.
@@ -24,3 +25,18 @@ if not torch.cuda.is_available():
 def seeded():
     """Each test draws the same numbers whichever process runs it, in whatever order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What the bar of `train.validate` is told of the part that is done."""
+    from visionhybrid.train import session
+
+    found = []
+
+    @contextlib.contextmanager
+    def bar(enabled, text):
+        yield found.append
+
+    monkeypatch.setattr(session, "bar", bar)
+    return found

@@ -140,13 +140,16 @@ def test_unconditional_images_of_a_folder_with_a_broken_one(tmp_path):
     assert len(pipe(num_images=3, num_inference_steps=1).images) == 3
 
 
-def test_a_judge_says_what_it_sees(tmp_path):
+def test_a_judge_says_what_it_sees(tmp_path, told):
     judge = visionhybrid.train.find("nextvit_digits")
     judge = replace(judge, loop=replace(judge.loop, epochs=None, steps=1, tensorboard=False))
     run(judge, tmp_path / "judge", progress=False)
     config = tiny(f"sampling.judge={tmp_path / 'judge'}", "sampling.judged=1", "loop.validate_every=0")
     done = run(config, tmp_path / "run", progress=False)
     assert 0 <= done["metrics"]["recognised"] <= 100
+    assert validate(tmp_path / "run", config) == pytest.approx(done["metrics"], rel=1e-5)
+    assert (told[0], told) == (0, sorted(told))
+    assert 0 < told[-1] < 1
 
 
 @pytest.mark.parametrize(

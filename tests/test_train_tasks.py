@@ -64,7 +64,7 @@ def picture_folder(root, classes, count=3, size=(20, 24), damage=None):
 # ---- classification
 
 
-def test_classifier_end_to_end(tmp_path):
+def test_classifier_end_to_end(tmp_path, told):
     result = run(digits(), tmp_path, progress=False)
     assert {"top1", "top5", "loss"} == set(result["metrics"])
     assert all(math.isfinite(v) for v in result["metrics"].values())
@@ -77,6 +77,8 @@ def test_classifier_end_to_end(tmp_path):
     # the released weights are those validated last
     again = validate(tmp_path, recipes.find(str(tmp_path)))
     assert again == pytest.approx(result["metrics"], abs=1e-6)
+    assert (told[0], told) == (0, sorted(told))
+    assert 0 < told[-1] < 1
     assert validate(model, "nextvit_digits", limit=1).keys() == again.keys()
 
 
@@ -255,7 +257,7 @@ def test_digits_are_split():
 # ---- restoration
 
 
-def test_restorer_end_to_end(tmp_path):
+def test_restorer_end_to_end(tmp_path, told):
     result = run(photographs(), tmp_path, progress=False)
     metrics = result["metrics"]
     assert set(metrics) == {"psnr", "ssim", "psnr_bicubic"}
@@ -267,6 +269,7 @@ def test_restorer_end_to_end(tmp_path):
     model = visionhybrid.load(result["weights"])
     assert (model.scale, model(torch.rand(1, 3, 9, 7)).shape) == (2, (1, 3, 18, 14))
     assert validate(model, recipes.find(str(tmp_path))) == pytest.approx(metrics, abs=1e-3)
+    assert told == [0, 0.25, 0.5, 0.75]
 
 
 def test_restoration_from_folders(tmp_path):

@@ -22,6 +22,7 @@ from visionhybrid.data.seeds import mix
 from visionhybrid.train.config import Config, Loop, Model, Optim, Schedule
 from visionhybrid.train.sampler import Sample, stack
 from visionhybrid.train.start import Released
+from visionhybrid.train.task import Update, untold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class ToyTask(Released):
         return loss, {"order": batch["index"].float().mean()}
 
     def validate(
-        self, model: nn.Module, accelerator: Accelerator, limit: int | None = None
+        self, model: nn.Module, accelerator: Accelerator, limit: int | None = None, update: Update = untold
     ) -> dict[str, float]:
         data = [self.train_set.sample(i, 0) for i in range(4) if i not in self.config.corrupt]
         batch = stack(data)

@@ -20,7 +20,7 @@ from visionhybrid.data.errors import CorruptSample
 from visionhybrid.train import start
 from visionhybrid.train.config import Classification, ConfigError
 from visionhybrid.train.sampler import Sample, stack
-from visionhybrid.train.task import share
+from visionhybrid.train.task import Update, share, untold
 
 
 class Classify(start.Released):
@@ -119,13 +119,18 @@ class Classify(start.Released):
         return F.cross_entropy(logits.float(), label, label_smoothing=smoothing)
 
     def validate(
-        self, model: nn.Module, accelerator: Accelerator, limit: int | None = None
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        limit: int | None = None,
+        update: Update = untold,
     ) -> dict[str, float]:
         batch = self.config.eval_batch
         chosen = share(len(self.held_out), accelerator)[: limit * batch if limit else None]
         views = DataLoader(_HeldOut(self.held_out, chosen), batch, num_workers=self.config.loop.workers)
         sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-        for image, label, weight in views:
+        for number, (image, label, weight) in enumerate(views):
+            update(number / len(views))
             logits = model(image.to(accelerator.device)).double()
             label, weight = label.to(logits.device), weight.to(logits.device)
             best = logits.topk(min(5, logits.shape[1]), 1).indices == label[:, None]

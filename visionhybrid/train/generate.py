@@ -31,7 +31,7 @@ from visionhybrid.train.generators import RELEASED, OfEncoded, OfPipeline, noise
 from visionhybrid.train.judge import Judge
 from visionhybrid.train.noising import Noising, noising, squared_errors
 from visionhybrid.train.sampler import Sample, stack
-from visionhybrid.train.task import share
+from visionhybrid.train.task import Update, share, untold
 
 Images = LabelledImages | Latents | Encoded
 
@@ -195,20 +195,32 @@ class Generate:
     # -- validation --------------------------------------------------------------------------------------------------
 
     def validate(
-        self, model: nn.Module, accelerator: Accelerator, limit: int | None = None
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        limit: int | None = None,
+        update: Update = untold,
     ) -> dict[str, float]:
-        found = {"loss": self._held_out_loss(model, accelerator, limit)}
+        sampling = self.config.sampling
+        judged = self.config.data.num_classes * sampling.judged * sampling.steps if self.judge else 0
+        first = len(self.held_out) / (len(self.held_out) + judged)  # of the calls of the model
+        found = {"loss": self._held_out_loss(model, accelerator, limit, lambda done: update(first * done))}
         if self.judge is not None:
-            found["recognised"] = self._recognised(model, accelerator, limit)
+            found["recognised"] = self._recognised(
+                model, accelerator, limit, lambda done: update(first + (1 - first) * done)
+            )
         return found
 
-    def _held_out_loss(self, model: nn.Module, accelerator: Accelerator, limit: int | None) -> float:
+    def _held_out_loss(
+        self, model: nn.Module, accelerator: Accelerator, limit: int | None, update: Update
+    ) -> float:
         batch, device = self.config.eval_batch, accelerator.device
         chosen = share(len(self.held_out), accelerator)[: limit * batch if limit else None]
         # neighbours, often of one class, get times far apart
         times = self.noising.spread(97)[torch.arange(len(self.held_out)) * 31 % 97]
         sums = torch.zeros(2, dtype=torch.float64)
         for first in range(0, len(chosen), batch):
+            update(first / len(chosen))
             part = chosen[first : first + batch]
             rows = [self._held_out_sample(index, times[index]) for index, _ in part]
             readable = torch.tensor(
@@ -253,13 +265,16 @@ class Generate:
             raise ValueError("no held-out image can be read")
         return known
 
-    def _recognised(self, model: nn.Module, accelerator: Accelerator, limit: int | None) -> float:
+    def _recognised(
+        self, model: nn.Module, accelerator: Accelerator, limit: int | None, update: Update
+    ) -> float:
         assert self.judge is not None
         sampling, classes = self.config.sampling, self.config.data.num_classes
         count = classes * sampling.judged if limit is None else min(limit, classes * sampling.judged)
         chosen, batch = share(count, accelerator), self.config.eval_batch
         sums = torch.zeros(2, dtype=torch.float64)
         for first in range(0, len(chosen), batch):
+            update(first / len(chosen))
             part = chosen[first : first + batch]
             wanted = torch.tensor([i % classes for i, _ in part])
             images = self.draw(model, wanted.tolist(), [mix(0, "judged", i) for i, _ in part])

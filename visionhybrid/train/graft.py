@@ -21,6 +21,7 @@ from visionhybrid import mixers
 from visionhybrid.train.config import ConfigError, Grafting
 from visionhybrid.train.distill import REGRESSIONS, Inputs, imitate, regress, relative_error
 from visionhybrid.train.sampler import Sample
+from visionhybrid.train.task import Update, untold
 
 # modules of an attention that a mixer stands between, in diffusers, timm and here
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out", "qkv", "proj")
@@ -208,9 +209,13 @@ class Grafts:
         return total, {name: value.detach() for name, value in terms.items()}
 
     def validate(
-        self, model: nn.Module, accelerator: Accelerator, limit: int | None = None
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        limit: int | None = None,
+        update: Update = untold,
     ) -> dict[str, float]:
-        found = super().validate(model, accelerator, limit)
+        found = super().validate(model, accelerator, limit, update)
         teacher = self.teacher.to(accelerator.device)
         return {**found, "distance": relative_error(model, teacher, self.inputs(accelerator.device))}
 

@@ -85,8 +85,8 @@ def graft(config: Config | str, out: str | Path, *, progress: bool = True) -> Gr
         student, layers = _choose(grafts, student, out)
     report = GraftReport(
         layers=layers,
-        teacher=validate(grafts.teacher, found, progress=False),
-        student=validate(grafts.open(student), found, progress=False),
+        teacher=validate(grafts.teacher, found, progress=progress, judge=grafts),
+        student=validate(grafts.open(student), found, progress=progress, judge=grafts),
         weights=student if student != str(out / phases[-1]) else done["weights"],
         seconds=time.monotonic() - started,
     )

@@ -124,6 +124,12 @@ class Log:
             yield
         self._bar = None
 
+    def validating(self, done: float) -> None:
+        """Which part of a validation, from 0 to 1, is done."""
+        if self._bar is not None:
+            progress, task = self._bar
+            progress.update(task, text=f"validating, {done:.0%}")
+
     def advance(self, step: int, loss: float, rate: float) -> None:
         text = f"loss {loss:.4g}  lr {rate:.3g}"
         if self._bar is not None:

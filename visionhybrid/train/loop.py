@@ -281,7 +281,7 @@ class Trainer:
     def validate(self, limit: int | None = None) -> bool:
         """Measure, log and draw samples; returns whether this is the best so far."""
         with self.evaluating() as model, torch.no_grad():
-            self.metrics = self.task.validate(model, self.accelerator, limit)
+            self.metrics = self.task.validate(model, self.accelerator, limit, self.log.validating)
             if self.accelerator.is_main_process and not self.sharded:
                 self.task.samples(model, self.out / "samples" / f"step_{self.step:08d}")
         self.tell()

@@ -21,7 +21,7 @@ from visionhybrid.train import start
 from visionhybrid.train.config import ConfigError, Pictures, Restoration
 from visionhybrid.train.losses import PIXEL_LOSSES
 from visionhybrid.train.sampler import Sample, stack
-from visionhybrid.train.task import share
+from visionhybrid.train.task import Update, share, untold
 
 SHEETS = 4  # pictures drawn at each validation
 SHEET_SIDE = 192  # pixels of the ground truth shown
@@ -70,12 +70,18 @@ class Restore(start.Released):
         return PIXEL_LOSSES[self.config.loss](output, batch["gt"]), {}
 
     def validate(
-        self, model: nn.Module, accelerator: Accelerator, limit: int | None = None
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        limit: int | None = None,
+        update: Update = untold,
     ) -> dict[str, float]:
         if self.held_out is None:
             return {}
         sums = torch.zeros(4, dtype=torch.float64)
-        for index, weight in share(min(limit or len(self.held_out), len(self.held_out)), accelerator):
+        chosen = share(min(limit or len(self.held_out), len(self.held_out)), accelerator)
+        for number, (index, weight) in enumerate(chosen):
+            update(number / len(chosen))
             try:
                 pair = self._whole(index)
             except CorruptSample as error:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import visionhybrid
+from visionhybrid.infer.progress import bar
 from visionhybrid.train import card, log, recipes, state, task
 from visionhybrid.train.config import Config, check, diff, from_json, to_json
 from visionhybrid.train.loop import Trainer
@@ -168,7 +169,12 @@ def _release(trainer: Trainer) -> None:
 
 
 def validate(
-    model: nn.Module | str | Path, config: Config | str, *, limit: int | None = None, progress: bool = True
+    model: nn.Module | str | Path,
+    config: Config | str,
+    *,
+    limit: int | None = None,
+    progress: bool = True,
+    judge: task.Task | None = None,
 ) -> dict[str, float]:
     """Metrics of `model` on the held-out data of `config`, in float32.
 
@@ -176,12 +182,13 @@ def validate(
         model: a module, a checkpoint file of any known kind, or a run directory (its released weights).
         config: a config or the name of a recipe; its `model` section is not used.
         limit: so many batches or pictures only.
+        judge: the task of `config`, where it is built already.
     """
-    config = recipes.find(config) if isinstance(config, str) else check(config)
-    judge = task.build(config)
+    if judge is None:
+        judge = task.build(recipes.find(config) if isinstance(config, str) else check(config))
     if not isinstance(model, nn.Module):
         model = judge.open(model)
     accelerator = make_accelerator("no")
     model = model.to(accelerator.device).eval()
-    with torch.no_grad():
-        return judge.validate(model, accelerator, limit)
+    with bar(progress and accelerator.is_main_process, "validating") as update, torch.no_grad():
+        return judge.validate(model, accelerator, limit, update)

@@ -14,6 +14,12 @@ from torch import Tensor, nn
 from visionhybrid.train.config import Config
 from visionhybrid.train.sampler import Sample, TrainSet
 
+Update = Callable[[float], object]  # is told which part of the work is done, from 0 to 1
+
+
+def untold(done: float) -> None:
+    """The `Update` of work that nobody watches."""
+
 
 class Task(Protocol):
     """One way to train. Constructed as `Task(config)`, which finds the data or raises a one-line ValueError.
@@ -42,7 +48,11 @@ class Task(Protocol):
         ...
 
     def validate(
-        self, model: nn.Module, accelerator: Accelerator, limit: int | None = None
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        limit: int | None = None,
+        update: Update = untold,
     ) -> dict[str, float]:
         """Metrics over the held-out data, the same on every process; `limit`: so many batches or pictures only."""
         ...
