@@ -5,11 +5,13 @@ Plain functions of pointers, reached by ctypes: no headers of PyTorch's, so a se
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -19,11 +21,16 @@ from pathlib import Path
 
 from torch import Tensor
 
+CXX = os.environ.get("CXX", "").strip()
+SECONDS = 600  # more than a compiler takes on the busiest machine
+
 
 def _compiler() -> list[str] | None:
     """The command of a C++ compiler: what CXX names, else the first one on PATH."""
-    given = shlex.split(os.environ.get("CXX", ""))
-    choices = [given] if given else [["c++"], ["g++"], ["clang++"]]
+    try:
+        choices = [shlex.split(CXX)] if CXX else [["c++"], ["g++"], ["clang++"]]
+    except ValueError:  # an open quotation
+        return None
     return next((words for words in choices if shutil.which(words[0])), None)
 
 
@@ -44,6 +51,8 @@ def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
     if os.name != "posix":
         return "its C++ is for Linux and macOS"
+    if COMPILER is None and CXX:
+        return f"needs a C++ compiler: CXX={CXX!r} names none"
     if COMPILER is None:
         return "needs a C++ compiler: none of c++, g++, clang++ is on PATH, and CXX names no other"
     return None
@@ -53,33 +62,101 @@ def missing() -> str | None:
 def library(source: Path) -> ctypes.CDLL:
     """The functions of `source`, compiled unless that was done before.
 
-    Results lie in `$XDG_CACHE_HOME/visionhybrid` (`~/.cache/visionhybrid`), named by source, compiler and CPU: a home directory
-    may serve several machines.
+    Results lie in `$XDG_CACHE_HOME/visionhybrid` (`~/.cache/visionhybrid`), named by source, compiler and CPU, since a home
+    directory may serve several machines, and by what they hold: one that is damaged is made anew. Where nothing can be kept (no
+    home, no permission, a full disk) each process compiles for itself.
 
     Raises:
-        RuntimeError: the compiler fails; the message has its words.
+        RuntimeError: the compiler fails, or what it made cannot be loaded; the message has its words.
     """
     assert COMPILER is not None, "the caller asks `missing` first"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "visionhybrid"
     version = _run([*COMPILER, "--version"], source)
     parts = [source.read_bytes(), " ".join([*COMPILER, *FLAGS]).encode(), version.encode(), _cpu().encode()]
-    made = folder / f"{source.parent.name}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
-    if not made.exists():
+    name = f"{source.parent.name}-{_digest(b'|'.join(parts))}"
+    if (kept := _kept(name)) is not None:
+        return _opened(kept, source)
+    with _aside(source) as own:
+        made = Path(own) / "made.so"
+        _run([*COMPILER, *FLAGS, str(source), "-o", str(made)], source)
+        if not made.is_file():
+            raise RuntimeError(_failure(source, f"{shlex.join(COMPILER)} left no file"))
+        return _opened(_keep(name, made.read_bytes()) or made, source)
+
+
+def _folder() -> Path | None:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "visionhybrid"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def _kept(name: str) -> Path | None:
+    """The result of this name that holds what its name says."""
+    folder = _folder()
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.glob(f"{name}-*.so")) if folder else []:
+            if path.stem == f"{name}-{_digest(path.read_bytes())}":
+                return path
+    return None
+
+
+def _keep(name: str, content: bytes) -> Path | None:
+    """Where `content` is now for other processes; None: nowhere."""
+    folder = _folder()
+    if folder is None:
+        return None
+    path = folder / f"{name}-{_digest(content)}.so"
+    aside = folder / f".{secrets.token_hex(8)}.tmp"
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as own:
-            _run([*COMPILER, *FLAGS, str(source), "-o", f"{own}/made.so"], source)
-            os.replace(f"{own}/made.so", made)
-    return ctypes.CDLL(str(made))
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        return None
+    return path
+
+
+def _opened(path: Path, source: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path.absolute()))
+    except OSError as error:  # such as a folder from which nothing may be run
+        raise RuntimeError(_failure(source, f"{error}; XDG_CACHE_HOME chooses another folder")) from None
+
+
+def _aside(source: Path) -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="visionhybrid-")
+    except OSError as error:
+        raise RuntimeError(_failure(source, f"no folder for temporary files: {error}")) from None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _run(command: list[str], source: Path) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(
-            f"{source.parent.name}: cannot compile {source}, use backend='eager'; "
-            f"{shlex.join(command)} said: {done.stderr.strip()[:2000]}"
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
         )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(_failure(source, str(error))) from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        line = next((line for line in lines if "error" in line), lines[0])
+        raise RuntimeError(_failure(source, f"{shlex.join(command)} said: {line[:500]}"))
     return done.stdout
+
+
+def _failure(source: Path, reason: str) -> str:
+    return f"{source.parent.name}: cannot compile {source}, use backend='eager'; {reason}"
 
 
 def _cpu() -> str:
