@@ -270,7 +270,7 @@ def _neighborhood() -> Iterator[Build]:
     from visionhybrid.kernels.neighborhood_attention.triton import launch
 
     lengths = dict.fromkeys(
-        ("g_s", "q_s", "k_s", "v_s", "o_s", "w_s", "x_s", "lse_s", "dq_s", "dk_s", "dv_s"), 6
+        ("g_s", "q_s", "k_s", "v_s", "o_s", "w_s", "x_s", "lse_s", "dq_s", "dk_s", "dv_s", "kx_s", "vx_s"), 6
     )
     lengths |= dict.fromkeys(("length", "kernel", "dilation", "stride", "causal", "tiles", "walk"), 3)
     fused, halves = neighbours.fused, neighbours.halves
@@ -279,12 +279,17 @@ def _neighborhood() -> Iterator[Build]:
         E = E or D
         sizes = launch.blocks(kernel, side, D, E, kind == "fp32")
         options = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
-        constants = sizes | flags | dict(FIRST=first) | dict.fromkeys(absent)
+        constants = sizes | flags | dict.fromkeys(absent)
         constants["PRECISION"] = "ieee" if kind == "fp32" else "tf32"
+        if "FIRST" in kernel.arg_names:
+            constants["FIRST"] = first
         if flags.get("BIAS") is False:
             constants["rpb"] = None
-        pointers = dict.fromkeys(("grad", "q", "k", "v", "x", "out", "dq", "dk", "dv"), kind)
-        pointers |= dict.fromkeys(("rpb", "lse", "delta", "parts"), "fp32") | {"w": weights or kind}
+        if "EXTRA" in kernel.arg_names and not constants.setdefault("EXTRA", False):
+            constants["kx"] = constants["vx"] = None
+        pointers = dict.fromkeys(("grad", "q", "k", "v", "x", "kx", "vx", "out", "dq", "dk", "dv"), kind)
+        pointers |= dict.fromkeys(("rpb", "lse", "delta", "dkx", "dvx", "parts"), "fp32")
+        pointers["w"] = weights or kind
         names = kernel.arg_names
         said = " ".join(f"{k}={v}" for k, v in flags.items())
         return Build(
@@ -309,8 +314,14 @@ def _neighborhood() -> Iterator[Build]:
             yield build(halves._scores, D, kind, BIAS=True)
             yield build(halves._gather, D, kind)
             yield build(halves._scatter, D, kind)
-    for kernel in (fused._fwd, fused._bwd_q, fused._bwd_kv):
-        yield build(kernel, 24, "bf16", E=64, BIAS=True)
+            if D != 24:
+                yield build(fused._bwd_extra, D, kind)
+    for kernel in (fused._fwd, fused._bwd_q):
+        for kind in ("bf16", "fp32"):
+            yield build(kernel, 128, kind, BIAS=True, EXTRA=True)
+        yield build(kernel, 24, "bf16", E=64, BIAS=True, EXTRA=True)
+    yield build(fused._bwd_kv, 24, "bf16", E=64, BIAS=True)
+    yield build(fused._bwd_extra, 24, "bf16", E=64)
     read = ("grad", "q", "k", "v", "rpb", "lse", "delta")
     for kind in ("bf16", "fp32"):
         yield build(halves._table, 1, kind, absent=read, STORED=True)

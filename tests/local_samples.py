@@ -46,15 +46,24 @@ def _of_backends(name: str) -> list[Any]:
     return [getattr(ops, n) for n in (name, f"{name}_triton") if hasattr(ops, n)]
 
 
-def _neighbours(spatial, heads, D, E, kernel_size, rpb=True, B=1, **options) -> Callable[[], Sample]:
+def _neighbours(spatial, heads, D, E, kernel_size, rpb=True, B=1, extra=0, **options) -> Callable[[], Sample]:
     def build():
         inputs = {name: torch.randn(B, heads, *spatial, D, dtype=torch.float64) for name in "qk"}
         inputs["v"] = torch.randn(B, heads, *spatial, E, dtype=torch.float64)
         if rpb:
             inputs["rpb"] = torch.randn(heads, *(2 * k - 1 for k in kernel_size), dtype=torch.float64)
+        if extra:
+            inputs["k_extra"] = torch.randn(B, heads, extra, D, dtype=torch.float64)
+            inputs["v_extra"] = torch.randn(B, heads, extra, E, dtype=torch.float64)
         return Sample(inputs=inputs, options={"kernel_size": kernel_size, **options}, single=("rpb",))
 
     return build
+
+
+def _with_extra(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What the function calls `extra` is a pair."""
+    extra = tuple(x for name, x in inputs.items() if name.endswith("_extra"))
+    return {name: x for name, x in inputs.items() if not name.endswith("_extra")} | dict(extra=extra or None)
 
 
 def _scores(*args, **options) -> Callable[[], Sample]:
@@ -80,11 +89,11 @@ def _half(arguments: Callable[..., tuple[Any, ...]]) -> SimpleNamespace:
     return SimpleNamespace(BACKENDS=neighbours.BACKENDS, arguments=arguments)
 
 
-def _neighbours_drawn(spatial, kernel, dilation, stride, causal, D, E, rpb):
+def _neighbours_drawn(spatial, kernel, dilation, stride, causal, D, E, rpb, extra):
     n = len(spatial)
     strides = [min(s, k) for s, k in zip(stride[:n], kernel[:n], strict=True)]
     return _neighbours(
-        spatial, 2, D, E, kernel[:n], rpb, dilation=dilation[:n], stride=strides, causal=causal[:n]
+        spatial, 2, D, E, kernel[:n], rpb, 1, extra, dilation=dilation[:n], stride=strides, causal=causal[:n]
     )
 
 
@@ -123,6 +132,7 @@ LOCAL = {
     "neighborhood_attention": Operator(
         module=neighbours,
         function=neighbours.neighborhood_attention,
+        named=_with_extra,
         ops=lambda: [
             (op, (*x.values(), *rest, None, None, [3, 3], [1, 2], [2, 1], [0, 1], 0.5))
             for op in _of_backends("neighborhood_attention")
@@ -140,10 +150,11 @@ LOCAL = {
             st.integers(1, 20),
             st.integers(1, 20),
             st.booleans(),
+            st.integers(0, 3),
         ),
         samples={
             "one token": _neighbours((1, 2), 1, 16, 16, (3, 3)),
-            "two axes, head 24": _neighbours((9, 11), 2, 24, 24, (5, 3)),
+            "two axes, head 24, extra keys": _neighbours((9, 11), 2, 24, 24, (5, 3), B=2, extra=19),
             "unequal groups, other value dim": _neighbours((7, 13), 2, 20, 36, (3, 3), dilation=(2, 3)),
             "shorter than the window": _neighbours((3, 12), 1, 16, 16, (5, 5), dilation=(1, 2)),
             "strided, even, no bias": _neighbours((12, 10), 2, 30, 30, (6, 4), False, stride=(3, 2)),

@@ -261,10 +261,13 @@ def test_triton_walks_over_small_tiles(spatial, options, monkeypatch):
     )
     leaves = [leaf(torch.randn(1, 1, *spatial, d)) for d in (8, 8, 20)]
     leaves.append(leaf(torch.randn(1, *(2 * k - 1 for k in kernel))))
+    leaves += [leaf(torch.randn(1, 1, 19, d)) for d in (8, 20)]
     cotangent = torch.randn(1, 1, *spatial, 20)
     results = {}
     for backend in ("reference", "triton"):
-        out = neighborhood_attention(*leaves[:3], rpb=leaves[3], backend=backend, **options)
+        out = neighborhood_attention(
+            *leaves[:3], rpb=leaves[3], extra=(leaves[4], leaves[5]), backend=backend, **options
+        )
         results[backend] = out, *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))
     for got, want in zip(results["triton"], results["reference"], strict=True):
         close(got, want, 1e-5)

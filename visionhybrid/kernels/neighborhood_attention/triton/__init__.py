@@ -22,14 +22,19 @@ INTERPRETED = triton.knobs.runtime.interpret
 WIDEST = 128
 
 
+def _number(k_extra: Tensor | None) -> int:
+    return 0 if k_extra is None else k_extra.shape[2]
+
+
 def attention(q, k, v, rpb, k_extra, v_extra, kernel_size, dilation, stride, causal, scale):
-    """Output and natural log-sum-exp of the scores (B, heads, *axes) in float32; without extra keys."""
+    """Output and natural log-sum-exp of the scores (B, heads, *axes) in float32."""
     call = Call(q, rpb, kernel_size, dilation, stride, causal)
     out, lse = packed(v), q.new_empty(q.shape[:-1], dtype=torch.float32)
-    widths = (q.shape[-1], v.shape[-1])
-    constants = call.constants(fused._fwd, *widths, q) | dict(BIAS=rpb is not None)
-    maps = (q, k, v, out, lse[..., None])
-    call.run(fused._fwd, (q, k, v, call.rpb, out, lse, scale), widths, maps, "QUERIES", constants)
+    widths, number = (q.shape[-1], v.shape[-1]), _number(k_extra)
+    constants = call.constants(fused._fwd, *widths, q) | dict(BIAS=rpb is not None, EXTRA=number > 0)
+    maps = (q, k, v, out, lse[..., None], k_extra, v_extra)
+    tensors = (q, k, v, call.rpb, k_extra, v_extra, out, lse, scale)
+    call.run(fused._fwd, tensors, (*widths, number), maps, "QUERIES", constants)
     return out, lse
 
 
@@ -44,16 +49,23 @@ def attention_backward(
         return call.constants(kernel, *widths, q)
 
     bias = dict(BIAS=rpb is not None)
-    maps = (grad, q, k, v, out, lse[..., None], dq)
-    tensors = (grad, q, k, v, call.rpb, out, lse, delta, dq, scale)
-    call.run(fused._bwd_q, tensors, widths, maps, "QUERIES", constants(fused._bwd_q) | bias)
+    number = _number(k_extra)
+    maps = (grad, q, k, v, out, lse[..., None], dq, k_extra, v_extra)
+    tensors = (grad, q, k, v, call.rpb, k_extra, v_extra, out, lse, delta, dq, scale)
+    flags = bias | dict(EXTRA=number > 0)
+    call.run(fused._bwd_q, tensors, (*widths, number), maps, "QUERIES", constants(fused._bwd_q) | flags)
     maps = (grad, q, k, v, lse[..., None], dk, dv)
     tensors = (grad, q, k, v, call.rpb, lse, delta, dk, dv, scale)
     call.run(fused._bwd_kv, tensors, widths, maps, "KEYS", constants(fused._bwd_kv) | bias)
     drpb = q.new_empty(0)
     if rpb_learns:
         drpb = call.table((grad, q, k, v, lse, delta, None), scale, constants(halves._table))
-    return dq, dk, dv, drpb, q.new_empty(0), q.new_empty(0)
+    if k_extra is None:
+        return dq, dk, dv, drpb, q.new_empty(0), q.new_empty(0)
+    extras = (packed(k_extra), packed(v_extra))
+    if number:
+        extras = call.extra((grad, q, k_extra, v_extra, lse, delta), scale, constants(fused._bwd_extra))
+    return dq, dk, dv, drpb, *extras
 
 
 def _run_scores(call: Call, a: Tensor, b: Tensor, out: Tensor, scale: float) -> None:
@@ -125,6 +137,4 @@ def unsupported(*args: Any) -> str | None:
         return "Triton's interpreter computes bfloat16 wrongly"
     if (widest := max(x.shape[-1] for x in maps)) > WIDEST:
         return f"head dims end at {WIDEST}, got {widest}"
-    if len(args) == 11 and args[4] is not None:
-        return "extra keys are not implemented"
     return None

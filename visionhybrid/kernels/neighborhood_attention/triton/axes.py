@@ -143,6 +143,20 @@ def store(head, p, g, m, dilation, strides, width, values, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def load_extra(head, i, count, strides, width, BLOCK: tl.constexpr):
+    """(keys, BLOCK) rows `i` of a head's extra keys, which lie as a map of one axis; zeros beyond the last."""
+    d = tl.arange(0, BLOCK)
+    place = i.to(tl.int64)[:, None] * strides[4] + d[None, :] * strides[5]
+    return tl.load(head + place, mask=(i < count)[:, None] & (d < width)[None, :], other=0.0)
+
+
+@triton.jit
+def unflattened(n, length):
+    """Row-major token numbers of a map as indices on its axes; those beyond the last token lie beyond the first axis."""
+    return n // (length[1] * length[2]), n // length[2] % length[1], n % length[2]
+
+
+@triton.jit
 def slots(p, t, lo, g, kernel, dilation, strides, KEYS_FIRST: tl.constexpr):
     """Offsets of the weights of queries p and keys t: key lo + j is slot j, which is linear in both."""
     a = (lo[0] * kernel[1] + lo[1]) * kernel[2] + lo[2]

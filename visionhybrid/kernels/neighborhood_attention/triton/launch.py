@@ -34,7 +34,7 @@ def blocks(kernel: Any, length: Sequence[int], D: int, E: int, exact: bool) -> d
     """Tiles, warps and stages; `length` is that of the longest dilation group on each axis."""
     block_d, block_e = (max(16, triton.next_power_of_2(width)) for width in (D, E))
     wide = max(block_d, block_e)
-    warps, sums_keys = 4 if wide <= 64 else 8, kernel is fused._bwd_kv
+    warps, sums_keys = 4 if wide <= 64 else 8, kernel in (fused._bwd_kv, fused._bwd_extra)
     if TOKENS:
         queries = keys = TOKENS
     elif exact:
@@ -42,7 +42,7 @@ def blocks(kernel: Any, length: Sequence[int], D: int, E: int, exact: bool) -> d
         if wide > 64 and sums_keys:
             queries = 16
     elif sums_keys:
-        queries, keys, warps = 32, 32 if wide > 32 else 64, 4
+        queries, keys, warps = 32, 32 if wide > 32 else 64, 8 if kernel is fused._bwd_extra else 4
     else:
         queries, keys = 64, 32
     queries, keys = tile(length, queries), tile(length, keys)
@@ -54,14 +54,13 @@ def blocks(kernel: Any, length: Sequence[int], D: int, E: int, exact: bool) -> d
         BLOCK_D=block_d,
         BLOCK_E=block_e,
     )
-    if "BLOCK_E" not in kernel.arg_names:
-        del sizes["BLOCK_E"]
+    sizes = {name: value for name, value in sizes.items() if name in kernel.arg_names}
     return sizes | dict(num_warps=warps, num_stages=1 if sums_keys and wide == 64 else 2)
 
 
-def on_three_axes(x: Tensor) -> Tensor:
-    """(B, heads, *axes, D) with leading axes of length 1, a view."""
-    return x[(slice(None), slice(None), *[None] * (6 - x.ndim))]
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    """Of (B, heads, *axes, D) with leading axes of length 1; zeros for what a kernel does not read."""
+    return (0,) * 6 if x is None else x[(slice(None), slice(None), *[None] * (6 - x.ndim))].stride()
 
 
 class Call:
@@ -96,7 +95,8 @@ class Call:
         exact = any(x.dtype == torch.float32 for x in inputs)
         sizes = blocks(kernel, self.longest, D, E, exact)
         same = all(x.dtype == inputs[0].dtype for x in inputs)
-        return sizes | dict(FIRST=3 - self.axes, PRECISION="ieee" if exact and same else "tf32")
+        first = dict(FIRST=3 - self.axes) if "FIRST" in kernel.arg_names else {}
+        return sizes | first | dict(PRECISION="ieee" if exact and same else "tf32")
 
     def tiles(self, shape: tuple[int, int, int]) -> tuple[tuple[int, int, int], int]:
         """Tiles of a group on each axis, and of a head in all."""
@@ -107,15 +107,30 @@ class Call:
         return self.length, self.kernel, self.dilation, self.stride, self.causal, tiles
 
     def run(
-        self, kernel: Any, tensors: tuple[Any, ...], widths: tuple[int, ...], maps: tuple[Tensor, ...],
+        self, kernel: Any, tensors: tuple[Any, ...], widths: tuple[int, ...], maps: tuple[Tensor | None, ...],
         own: str, constants: dict[str, Any],
     ) -> None:  # fmt: skip
         """Launches a program a tile of `own` ("QUERIES" or "KEYS") and head; the kernel takes strides of `maps`."""
         tiles, count = self.tiles(constants[own])
-        strides = [on_three_axes(x).stride() for x in maps]
+        strides = [_strides(x) for x in maps]
         kernel[count * self.B * self.heads,](
             *tensors, count, self.heads, *widths, *self.sizes(tiles), *strides, **constants
         )
+
+    def extra(self, tensors: tuple[Tensor, ...], scale: float, constants: dict[str, Any]) -> list[Tensor]:
+        """Gradients of the extra keys and values: `tensors` are grad, q, both of those, lse, delta."""
+        grad, q, keys, values, lse, _ = tensors
+        number, tokens = keys.shape[2], prod(self.length)
+        blocks, pieces = triton.cdiv(number, constants["BLOCK_M"]), triton.cdiv(tokens, constants["BLOCK_N"])
+        splits = min(pieces, triton.cdiv(PROGRAMS, max(1, blocks * self.B * self.heads)))
+        per_program = triton.cdiv(pieces, splits) * constants["BLOCK_N"]
+        splits = triton.cdiv(tokens, per_program)
+        parts = [x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (keys, values)]
+        fused._bwd_extra[blocks, self.B * self.heads, splits](
+            *tensors, *parts, scale, q.shape[-1], values.shape[-1], number, self.heads, self.length, tokens, per_program,
+            *map(_strides, (grad, q, lse[..., None], keys, values)), **constants,
+        )  # fmt: skip
+        return [part.sum(0).to(keys.dtype) for part in parts]
 
     def table(self, tensors: tuple[Any, ...], scale: float, constants: dict[str, Any]) -> Tensor:
         """Gradient of the bias table: `tensors` are grad, q, k, v, lse, delta, weights; some may be None."""
@@ -130,7 +145,7 @@ class Call:
         parts = sample.new_empty(shape, dtype=torch.float32)
         grad, q, k, v, lse, delta, weights = tensors
         maps = (grad, q, k, v, None if lse is None else lse[..., None], weights)
-        strides = [(0,) * 6 if x is None else on_three_axes(x).stride() for x in maps]
+        strides = [_strides(x) for x in maps]
         widths = (0, 0) if q is None else (q.shape[-1], v.shape[-1])
         halves._table[prod(walk), self.heads, splits](
             grad, q, k, v, None if q is None else self.rpb, lse, delta, weights, parts, scale,
