@@ -23,12 +23,15 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "mixers.md")
 
 def models() -> str:
     """Every registered name, with its size and what it was made from."""
-    rows = ["| model | task | parameters | multiply-adds | at | weights |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| model | task | parameters | multiply-adds | at | tags of weights |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in list_models():
         f = facts(name)
         side = "x".join(map(str, f.input_size[1:]))
         task = f"{f.task}, x{f.scale}" if f.scale else f.task
-        tags = ", ".join(f"`{tag}`" for tag in f.weights) or "train your own"
+        tags = ", ".join(f"`{tag}`" for tag in f.weights) or "-"
         rows.append(
             f"| `{name}` | {task} | {f.parameters / 1e6:.1f} M | {f.macs / 1e9:.1f} G | {side} | {tags} |"
         )

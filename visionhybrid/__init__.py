@@ -1,7 +1,7 @@
 """Hybrid attention for vision: backbones in timm, mixers in diffusers, one command that trains.
 
-Importing this package registers every backbone with timm (`timm.create_model("vh_...")`) and nothing else; training,
-diffusers and triton are imported when first used.
+Importing this package registers every backbone with timm (`timm.create_model("vh_...")`); training and diffusers are
+imported when first used.
 """
 
 from __future__ import annotations
