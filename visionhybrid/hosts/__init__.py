@@ -8,7 +8,7 @@
 How it is built
     layers.py       `Layer`, one attention module as a host sees it; `choose`, the words by which a caller picks layers
     plan.py         which mixer each layer gets, whether it can take it, and what that saves
-    choices.py      what each mixer could do for a model
+    choice.py       what each mixer could do for a model
     report.py       `Report`, what `attach`, `detach` and `describe` return
     own.py          the host of this package's own transformers, whose attention is a mixer anyway
     diffusers/      the diffusers host: see its docstring for how an attention family is added
@@ -27,7 +27,7 @@ from os import PathLike
 from types import ModuleType
 from typing import Any
 
-from visionhybrid.hosts.choices import Choice, choices_for
+from visionhybrid.hosts.choice import Choice, choices_for
 from visionhybrid.hosts.layers import Selector
 from visionhybrid.hosts.plan import Mixers
 from visionhybrid.hosts.report import Report
