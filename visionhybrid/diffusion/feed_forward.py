@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from diffusers.models.transformers.sana_transformer import GLUMBConv
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from visionhybrid.mixers.base import Halo
 from visionhybrid.mixers.hyena import CausalFilter
+from visionhybrid.mixers.projection import Projection
 from visionhybrid.mixers.sharding import Shards
 
 Grid = tuple[int, int]
 
 
-class FeedForward(Mlp):
+class FeedForward(nn.Module):
     """DiT's MLP."""
 
     def __init__(self, dim: int, ratio: float, *, tokens: int = 0) -> None:
-        super().__init__(dim, int(dim * ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.fc1, self.act, self.fc2 = Projection(dim, hidden), nn.GELU("tanh"), Projection(hidden, dim)
 
     def forward(self, x: Tensor, grid: Grid, group: ProcessGroup | None = None) -> Tensor:
-        return super().forward(x)
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class MixFeedForward(GLUMBConv):
@@ -50,7 +52,7 @@ class HyenaFeedForward(nn.Module):
     def __init__(self, dim: int, ratio: float, *, tokens: int) -> None:
         super().__init__()
         hidden = int(dim * ratio)
-        self.in_proj, self.out_proj = nn.Linear(dim, 3 * hidden), nn.Linear(hidden, dim)
+        self.in_proj, self.out_proj = Projection(dim, 3 * hidden), Projection(hidden, dim)
         self.short_filter = CausalFilter(tokens, 4)
 
     def forward(self, x: Tensor, grid: Grid, group: ProcessGroup | None = None) -> Tensor:

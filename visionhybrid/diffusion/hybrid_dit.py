@@ -26,6 +26,7 @@ from torch.distributed import ProcessGroup
 from visionhybrid import mixers
 from visionhybrid.diffusion.feed_forward import FEED_FORWARD, Grid
 from visionhybrid.hosts.diffusers.parallel import GATHER, TOKENS, OnCPU, group_of
+from visionhybrid.mixers.projection import Projection
 from visionhybrid.mixers.sharding import mix
 
 
@@ -35,11 +36,11 @@ class MixedAttention(nn.Module):
     def __init__(self, dim: int, heads: int, mixer: str, options: Mapping[str, Any], qk_norm: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_q, self.to_k, self.to_v = (Projection(dim, dim) for _ in range(3))
         norm = nn.RMSNorm if qk_norm else nn.Identity
         self.norm_q, self.norm_k = (norm(dim, eps=1e-5) for _ in range(2))
         self.mixer = mixers.create(mixer, dim=dim, heads=heads, head_dim=dim // heads, **options)
-        self.to_out = nn.Linear(dim, dim)
+        self.to_out = Projection(dim, dim)
 
     def forward(self, x: Tensor, grid: Grid, group: ProcessGroup | None = None) -> Tensor:
         x_q, x_k = self.mixer.hidden(x)
@@ -73,7 +74,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = (nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6) for _ in range(2))
         self.attn = MixedAttention(dim, heads, mixer, options, qk_norm)
         self.mlp = feed_forward
-        self.modulation = None if shared else nn.Linear(dim, 6 * dim)
+        self.modulation = None if shared else Projection(dim, 6 * dim)
         self.table = nn.Parameter(torch.zeros(6, dim)) if shared else None
 
     def forward(self, x: Tensor, condition: Tensor, grid: Grid, group: ProcessGroup | None = None) -> Tensor:
@@ -148,7 +149,7 @@ class HybridDiT(OnCPU, ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.time = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, dim)
         self.class_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
-        self.shared = nn.Linear(dim, 6 * dim) if shared_modulation else None
+        self.shared = Projection(dim, 6 * dim) if shared_modulation else None
         side = sample_size // patch_size
         self.register_buffer("positions", _positions(dim, (side, side), side), persistent=False)
         self.blocks = nn.ModuleList(
@@ -164,8 +165,8 @@ class HybridDiT(OnCPU, ModelMixin, ConfigMixin, PeftAdapterMixin):
             for i, name in enumerate(names)
         )
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.modulation = nn.Linear(dim, 2 * dim)
-        self.head = nn.Linear(dim, patch_size**2 * self.out_channels)
+        self.modulation = Projection(dim, 2 * dim)
+        self.head = Projection(dim, patch_size**2 * self.out_channels)
         self._initialise()
 
     def _initialise(self) -> None:

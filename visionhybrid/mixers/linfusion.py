@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from visionhybrid.kernels.linear_attention import linear_attention
 from visionhybrid.mixers.base import Cost, Mixer, linear_cost
+from visionhybrid.mixers.projection import Projection
 from visionhybrid.mixers.registry import register
 from visionhybrid.mixers.sharding import Shards
 
@@ -101,7 +102,7 @@ def _network(dim: int, mid: int, zero_init: bool) -> nn.Module:
     if mid == -1:
         return nn.Identity()
     network = nn.Sequential(
-        nn.Linear(dim, mid), nn.LayerNorm(mid), nn.LeakyReLU(inplace=True), nn.Linear(mid, dim)
+        Projection(dim, mid), nn.LayerNorm(mid), nn.LeakyReLU(inplace=True), Projection(mid, dim)
     )
     if zero_init:
         nn.init.zeros_(network[3].weight)
