@@ -71,9 +71,8 @@ def resident(run: Run) -> int | None:
     if not sys.platform.startswith("linux"):
         return None
     gc.collect()
-    trim = getattr(
-        ctypes.CDLL(None), "malloc_trim", None
-    )  # glibc's; musl has none and gives memory back by itself
+    # glibc's; musl has none and gives memory back by itself.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
     try:

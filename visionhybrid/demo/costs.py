@@ -85,9 +85,8 @@ def _times(mixers: Mapping[str, Mixer], side: int, rounds: int) -> dict[str, lis
 
 def _inputs(mixer: Mixer, side: int, generator: torch.Generator) -> list[Tensor]:
     shape = (1, side * side, mixer.heads, mixer.head_dim)
-    qkv = (
-        torch.randn(shape, generator=generator).transpose(1, 2) for _ in range(3)
-    )  # as projections leave them
+    # Strides as projections leave them.
+    qkv = (torch.randn(shape, generator=generator).transpose(1, 2) for _ in range(3))
     return [torch.randn(1, side * side, mixer.dim, generator=generator), *qkv]
 
 

@@ -23,9 +23,8 @@ class Choice:
     training_free: bool
     layers: int  # that it fits, of those that can be replaced
     reason: str  # why not the others, empty if it fits all
-    speedup: (
-        float | None
-    )  # multiplications of softmax attention in these layers over its own; None without sizes
+    # multiplications of softmax attention in these layers over its own; None without sizes
+    speedup: float | None
     crossover: int | None  # image tokens from which it multiplies less in every one of them
 
 

@@ -29,9 +29,8 @@ class ReceptiveField:
 
     mean: Tensor  # (H, W) float64: positive input gradients, summed over colours, mean over pictures
     display: Tensor  # (H, W): log10(mean + 1), its maximum 1
-    sides: dict[
-        float, int
-    ]  # share of the sum of `display` -> side of the smallest centred square that holds more, pixels
+    # share of the sum of `display` -> side of the smallest centred square that holds more, pixels
+    sides: dict[float, int]
     ratios: dict[float, float]  # the same squares as a share of the area: "high-contribution area ratio"
     images: int  # that count
     skipped: int  # whose gradient was not finite

@@ -8,15 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from visionhybrid.kernels.dispatch import why
+from visionhybrid.kernels.dispatch import OPERATORS, why
 
-OPERATORS = (
-    "linear_attention",
-    "neighborhood_attention",
-    "selective_scan",
-    "sparse_linear_attention",
-    "window_attention",
-)
 __all__ = ["OPERATORS", "operator", "why"]
 
 

@@ -14,6 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
+# The folders beside this file that hold one.
+OPERATORS = (
+    "linear_attention",
+    "neighborhood_attention",
+    "selective_scan",
+    "sparse_linear_attention",
+    "window_attention",
+)
 # Read once: a lookup at every call would break `torch.compile(fullgraph=True)`.
 PREFERRED = os.environ.get("VISIONHYBRID_BACKEND", "auto")
 # Whether "auto" may take C++, which is compiled at the first call.
@@ -31,11 +39,12 @@ def pick(op: str, backends: Mapping[str, ModuleType], backend: str, args: tuple[
     """
     wanted = PREFERRED if backend == "auto" else backend
     if wanted != "auto":
+        asked = "" if backend != "auto" else " (VISIONHYBRID_BACKEND)"
         if wanted not in backends:
-            raise ValueError(f"{op}: no backend {wanted!r} here; have {', '.join(backends)}")
+            raise ValueError(f"{op}: no backend {wanted!r}{asked} here; have {', '.join(backends)}")
         reason = backends[wanted].unsupported(*args)
         if reason is not None:
-            raise ValueError(f"{op}: backend {wanted!r} cannot run this call: {reason}")
+            raise ValueError(f"{op}: backend {wanted!r}{asked} cannot run this call: {reason}")
         return backends[wanted]
     for name in reversed(list(backends)):
         if _automatic(name, args) and backends[name].unsupported(*args) is None:
@@ -70,8 +79,7 @@ def why(op: str, *args: Any, **kwargs: Any) -> dict[str, str]:
     Raises:
         ValueError: there is no such operator, or the arguments are wrong for it.
     """
-    try:
-        module = importlib.import_module(f"{__package__}.{op}")
-    except ModuleNotFoundError as error:
-        raise ValueError(f"why: no operator {op!r} in visionhybrid.kernels") from error
+    if op not in OPERATORS:
+        raise ValueError(f"why: no operator {op!r} in visionhybrid.kernels; have {', '.join(OPERATORS)}")
+    module = importlib.import_module(f"{__package__}.{op}")
     return explain(module.BACKENDS, module.arguments(*args, **kwargs))

@@ -48,9 +48,7 @@ class Halo:
     """What image tokens of some rows need beside those rows. Rows are places on the grid's first axis."""
 
     rows: int  # before and after
-    multiple: int = (
-        1  # of which the first row taken must be one, so that cuts between windows stay where they are
-    )
+    multiple: int = 1  # the first row taken is one of it, so that cuts between windows stay where they are
 
     def around(self, first: int, last: int, side: int) -> tuple[int, int]:
         """The rows `start <= y < stop` whose tokens give rows `first <= y < last` of `side` exactly."""
@@ -92,12 +90,10 @@ class Mixer(nn.Module):
     """
 
     about: ClassVar[About]
-    asks = (
-        False  # for the sides of the grid though it needs none: set where another mixer is run on its inputs
-    )
-    options: dict[
-        str, Any
-    ]  # JSON-able; `create(name, dim=, heads=, head_dim=, **options)` builds the same module
+    # For the sides of the grid though it needs none: set where another mixer is run on its inputs.
+    asks = False
+    # JSON-able; `create(name, dim=, heads=, head_dim=, **options)` builds the same module.
+    options: dict[str, Any]
 
     def __init__(self, *, dim: int, heads: int, head_dim: int, scale: float | None = None) -> None:
         super().__init__()

@@ -35,9 +35,8 @@ class Stage:
 
     blocks: tuple[LayerFn, ...]  # each: fn(dim, drop_path=p) -> module on (B, C, H, W)
     downsample: LayerFn = no_layer  # fn(dim) -> module; runs before the blocks
-    position: LayerFn | None = (
-        None  # fn(dim) -> module on the stage's map; every block gets its output: block(x, position)
-    )
+    # fn(dim) -> module on the stage's map; every block gets its output: block(x, position)
+    position: LayerFn | None = None
     norm: LayerFn = no_layer  # fn(dim) -> module; runs after the blocks
     stride: int = 1  # side of the stage's input over side of its output
 

@@ -29,9 +29,7 @@ class Facts:
     parameters: int
     macs: int  # multiply-adds of convolutions and matrix products, attention included, one image of `input_size`
     input_size: tuple[int, ...]  # (C, H, W)
-    output_size: tuple[
-        int, ...
-    ]  # (classes,), (C, H, W), or that of the features of a backbone without classifier
+    output_size: tuple[int, ...]  # (classes,), (C, H, W), or that of the features without a classifier
     scale: int | None  # of a restorer
     features: tuple[dict[str, Any], ...]  # "module", "num_chs", "reduction" of each tap
     options: dict[str, Any]  # what its system's constructor is given

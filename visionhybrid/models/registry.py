@@ -40,9 +40,8 @@ class System:
     source: str  # official repository @ commit
     license: str  # of the official code
     purpose: str = ""
-    aliases: Mapping[str, str] = field(
-        default_factory=dict
-    )  # authors' names of keywords -> ours, for `load(..., name=value)`
+    # authors' names of keywords -> ours, for `load(..., name=value)`
+    aliases: Mapping[str, str] = field(default_factory=dict)
     adapt: Callable[[State, nn.Module], dict[str, Tensor]] | None = None
 
 
@@ -106,11 +105,9 @@ def _entry(
 ) -> Callable[..., nn.Module]:
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if pretrained:
-            from visionhybrid.models.checkpoint import (
-                pretrained as published,
-            )  # late: it looks systems up here
+            from visionhybrid.models.checkpoint.pretrained import overlay  # late: it looks systems up here
 
-            kwargs["pretrained_cfg_overlay"] = published.overlay(name, system, kwargs)
+            kwargs["pretrained_cfg_overlay"] = overlay(name, system, kwargs)
         model = timm.models.build_model_with_cfg(
             partial(_build, system),
             name,

@@ -191,9 +191,8 @@ class WarmStart:
 
     loaded: tuple[str, ...]
     new: tuple[str, ...]  # in the model only: kept as they were initialised
-    reshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(
-        default_factory=dict
-    )  # (saved, wanted)
+    # (saved, wanted)
+    reshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     unused: tuple[str, ...] = ()  # in the state only
 
     def __str__(self) -> str:

@@ -37,10 +37,8 @@ class Perceptual(nn.Module):
         self.mean: Tensor
         self.std: Tensor
         self.sections = nn.ModuleList()
-        given, place = (
-            3,
-            0,
-        )  # place: index in torchvision's `features`, where conv, ReLU and pooling take one each
+        # place: index in torchvision's `features`, where conv, ReLU and pooling take one each
+        given, place = 3, 0
         for widths in SECTIONS:
             section = nn.ModuleList()
             for width in widths:

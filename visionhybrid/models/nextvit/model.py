@@ -12,9 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from visionhybrid.models.backbone import Backbone, Spec, Stage, no_layer
 from visionhybrid.models.layers import BatchNorm2d
 from visionhybrid.models.nextvit.blocks import NCB, NTB, Stem
-from visionhybrid.models.nextvit.keys import (
-    checkpoint_filter_fn as checkpoint_filter_fn,
-)  # timm looks for it here
+from visionhybrid.models.nextvit.keys import checkpoint_filter_fn as checkpoint_filter_fn  # for timm
 
 
 class NextViT(Backbone):

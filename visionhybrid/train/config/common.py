@@ -15,6 +15,8 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
+    """The network, and the weights that it begins with."""
+
     name: str  # as registered with timm
     options: dict[str, Any] = field(default_factory=dict)  # keywords of timm.create_model, JSON-able
     start: str = ""  # checkpoint or run directory whose weights to begin with
@@ -23,6 +25,8 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
+    """The optimiser, as `timm.optim.create_optimizer_v2` makes it."""
+
     name: str = "adamw"  # any name timm.optim knows
     lr: float = 1e-3  # at the recipe's batch size; nothing is scaled behind your back
     weight_decay: float = 0.0
@@ -55,6 +59,8 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
+    """How long, in which batches and precision, and what is written when."""
+
     batch_size: int = 32  # global
     epochs: float | None = None  # exactly one of epochs and steps
     steps: int | None = None

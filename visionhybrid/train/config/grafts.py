@@ -44,16 +44,14 @@ class Grafting:
     output_weight: float = 0.5
     variance_weight: float = 0.0  # of the variance that the output of a diffusion model holds besides
     feature_weight: float = 0.5
-    features: tuple[
-        str, ...
-    ] = ()  # names or shell patterns of the changed layers that are compared; empty: all
+    # names or shell patterns of the changed layers that are compared; empty: all
+    features: tuple[str, ...] = ()
     # "projections": the mixers and the projections to q, k, v and out; "mixed": all of the attention that has a new mixer; "all"
     train: Literal["projections", "mixed", "all"] = "mixed"
     projections: Literal["kept", "fresh"] = "kept"  # the student's begin as the teacher's, or are drawn anew
     student: str = ""  # to go on with: a run directory of an earlier phase
-    phase: Literal["alone", "whole", "tune"] = (
-        "whole"  # of this run; `visionhybrid graft` does one after the other
-    )
+    # of this run; `visionhybrid graft` does one after the other
+    phase: Literal["alone", "whole", "tune"] = "whole"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,15 +52,15 @@ class Augment:
 
 @dataclass(frozen=True, kw_only=True)
 class Classification(Config):
+    """A classifier of timm's registry, on labelled images."""
+
     data: Images = Images()
     augment: Augment = Augment()
     eval_batch: int = 64
     # MESA, arXiv:2205.14083: weight of the cross entropy towards what the averaged weights (loop.ema_decay) say; 0: without
     mesa: float = 0.0
     mesa_start: float = 0.0  # epochs before that
-    sync_batch_norm: bool = (
-        False  # statistics over all processes instead of over each one's own share of the batch
-    )
+    sync_batch_norm: bool = False  # statistics over all processes, not over each one's share of the batch
 
     task: ClassVar[str] = "classification"
     entry: ClassVar[str] = "visionhybrid.train.classify:Classify"
@@ -76,9 +76,8 @@ class Pictures:
     low: str = ""  # pairs: folder of their low-quality partners
     names: str = ""  # file that lists the pictures of `high` to use, one a line
     degradation: Literal["bicubic", "noise", "jpeg", "second_order"] = "bicubic"
-    strength: tuple[
-        float, ...
-    ] = ()  # noise: sigma or its range, in 8-bit levels; jpeg: the qualities to choose from
+    # noise: sigma or its range, in 8-bit levels; jpeg: the qualities to choose from
+    strength: tuple[float, ...] = ()
     # second_order: "sharp" trains towards unsharp-masked pictures, "both" gives them besides (an adversarial run sets it)
     truth: Literal["plain", "sharp", "both"] = "plain"
     held_out_high: str = ""  # empty: no validation (folder, pairs)
@@ -95,6 +94,8 @@ class Pictures:
 
 @dataclass(frozen=True, kw_only=True)
 class Restoration(Config):
+    """A restorer of timm's registry, on pairs of pictures, by a loss of their pixels."""
+
     data: Pictures = Pictures()
     loss: Literal["l1", "mse", "charbonnier", "frequency", "ssim"] = "l1"
     tile: int | None = None  # validation in tiles of this many input pixels; None: whole where memory allows
@@ -111,9 +112,8 @@ class Adversarial(Restoration):
     pixel_weight: float = 1.0
     perceptual_weight: float = 1.0  # 0: without, and without VGG's weights
     adversarial_weight: float = 0.1
-    sharp: tuple[
-        Literal["pixel", "perceptual", "adversarial"], ...
-    ] = ()  # losses that see unsharp-masked truth
+    # losses that see unsharp-masked truth
+    sharp: tuple[Literal["pixel", "perceptual", "adversarial"], ...] = ()
     vgg: str = ""  # file of torchvision's VGG19 weights; empty: the one in torch's hub cache
     width: int = 64  # of the discriminator
 
@@ -159,18 +159,15 @@ class Generator(Model):
     # "hybrid_dit", "dit" (diffusers' DiTTransformer2DModel), "unet" (UNet2DModel): new, `options` are the class's keywords
     name: str = "pipeline"
     pipeline: str = ""  # name "pipeline": its diffusers folder, or name on the hub
-    lora: int = (
-        0  # rank of updates (LoRA) of the pipeline's attention, trained instead of all weights; 0: none
-    )
+    lora: int = 0  # rank of updates (LoRA) of the pipeline's attention, trained instead of it; 0: none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latent:
     """Training in the latent space of an autoencoder. A pipeline brings its own."""
 
-    vae: str = (
-        ""  # folder or hub name of diffusers' AutoencoderKL or AutoencoderDC, or of a pipeline; "": pixels
-    )
+    # folder or hub name of diffusers' AutoencoderKL or AutoencoderDC, or of a pipeline; empty: pixels
+    vae: str = ""
     draw: Literal["sample", "mean"] = "sample"  # each time anew from the encoder's distribution, or its mean
 
 
@@ -183,9 +180,8 @@ class Text:
 
     column: str = "text"
     missing: Literal["error", "skip"] = "error"  # an image without a caption; skipped ones are counted
-    hold_out: int = (
-        20  # a folder without splits: every so many-th image is held out; 0: none, validated on all
-    )
+    # a folder without splits: every so many-th image is held out; 0: none, validated on all
+    hold_out: int = 20
     max_length: int = 0  # tokens of a T5-like encoder; 0: what the pipeline takes by itself
     guidance: float = 1.0  # told to a model with a distilled guidance (FLUX.1-dev); 1 asks for nothing
     prompts: tuple[str, ...] = ()  # drawn at each validation; none: the first captions held out
@@ -202,6 +198,8 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation(Config):
+    """A diffusion or flow model, new or of a pipeline, on pixels or latents of images with classes or captions."""
+
     model: Generator = Generator()
     data: Images = Images()
     diffusion: Diffusion = Diffusion()
