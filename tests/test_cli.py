@@ -393,9 +393,7 @@ def test_interrupt_and_bugs_leave_one_line(monkeypatch):
 
 def process(*words):
     command = [Path(sys.executable).parent / "visionhybrid", *words]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "100"}
-    )
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
 
 
 def test_as_a_process(tmp_path):

@@ -1,12 +1,14 @@
 """Weights with NaN or infinity: what opens a file of them says so, and training neither writes nor continues from them."""
 
 import json
+import math
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from toy import TOY, Toy, authors, randomised
+from train_case import ToyTask, toy
 from typer.testing import CliRunner
 
 import visionhybrid
@@ -15,6 +17,9 @@ from visionhybrid.configs.nextvit import nextvit_digits
 from visionhybrid.models import registry
 from visionhybrid.models.checkpoint import load_as, save, warm_start
 from visionhybrid.models.checkpoint.finite import nonfinite
+from visionhybrid.train import run, state
+from visionhybrid.train.guard import DivergedError
+from visionhybrid.train.log import read
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.complex64]
 CASES = [(dtype, number) for dtype in FLOATS for number in ("nan", "inf", "-inf")]
@@ -110,3 +115,71 @@ def test_inspect_tells(damaged, tmp_path):
     assert "2 of 23 tensors hold NaN or infinity" in result.stderr
     told = CliRunner().invoke(app, ["inspect", str(tmp_path / "damaged.safetensors"), "--json"])
     assert json.loads(told.stdout)["nonfinite"] == {"layers.1.lin.weight": 8, "stem.weight": 2}
+
+
+# ---- training
+
+
+@pytest.fixture
+def runaway(monkeypatch):
+    """Of the toy task's network a weight becomes infinite behind the back of losses and gradients, at the calls in the list."""
+    calls, loss = [], ToyTask.loss
+
+    def overflowing(self, part, parts, batch):
+        result = loss(self, part, parts, batch)
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls in calls:
+            parts["model"][0].bias.data[3] = math.inf
+        return result
+
+    monkeypatch.setattr(ToyTask, "loss", overflowing)
+    return calls
+
+
+def good(out):
+    """Whether every checkpoint, and what was released, holds numbers."""
+    files = [*out.glob("checkpoints/step_*/[em]*.safetensors"), *out.glob("model.safetensors")]
+    assert files
+    return not any(nonfinite(load_file(file)) for file in files)
+
+
+@pytest.mark.parametrize("step", [4, 12], ids=["when a checkpoint is due", "in the last step"])
+def test_weights_that_became_infinite_are_not_saved(step, runaway, tmp_path):
+    runaway.append(step)
+    result = run(toy(), tmp_path, progress=False)
+    notes = [row["text"] for row in read(tmp_path / "log.jsonl") if row["kind"] == "note"]
+    back = step - 2
+    assert f"step {step}: 1 of 6 tensors hold NaN or infinity: model.0.bias (1); back to step {back}" in notes
+    assert result["steps"] == 12
+    assert math.isfinite(result["metrics"]["error"])
+    assert good(tmp_path)
+
+
+def test_a_run_that_always_ends_so_gives_up(runaway, tmp_path):
+    runaway.extend(range(1, 99))
+    with pytest.raises(DivergedError, match=r"went astray 4 times after step 0; lower optim.lr"):
+        run(toy(), tmp_path, progress=False)
+    assert good(tmp_path)
+
+
+def test_training_does_not_begin_or_continue_with_them(tmp_path, monkeypatch):
+    run(toy(loop_steps=2), tmp_path, progress=False)
+    (path,) = tmp_path.glob("checkpoints/step_*2")
+    tensors, facts = state.read(path)
+    tensors["model"]["0.bias"][3] = math.nan
+    state.write(path.parent, 4, tensors, facts)
+    with pytest.raises(
+        state.CheckpointError, match=r"^model: 1 of 9 tensors .*: 0.bias \(1\) in the checkpoint"
+    ):
+        run(toy(), tmp_path, progress=False)
+    parts = ToyTask.parts
+
+    def broken(self):
+        found = parts(self)
+        found["model"][0].bias.data[3] = math.nan
+        return found
+
+    monkeypatch.setattr(ToyTask, "parts", broken)
+    with pytest.raises(ValueError, match=r"begin with are no good: 1 of 6 tensors .*: model.0.bias \(1\)"):
+        run(toy(), tmp_path / "new", progress=False)
+    assert not list((tmp_path / "new").glob("checkpoints/*"))

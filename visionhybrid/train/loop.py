@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from visionhybrid.data.seeds import mix, seed_all
+from visionhybrid.models.checkpoint.finite import nonfinite, told
 from visionhybrid.train import state, task
 from visionhybrid.train.config import Config, check
 from visionhybrid.train.ema import Ema
@@ -216,7 +217,7 @@ class Trainer:
                 values = self.update(batch)
                 self._note_corrupt(batch)
                 if self.watch.bad >= self.config.guard.in_a_row:
-                    self.roll_back()
+                    self.roll_back(f"{self.watch.bad} updates in a row left out")
                     batches = self.batches()
                     continue
                 self.step, self.position = self.step + 1, batch.after
@@ -225,12 +226,17 @@ class Trainer:
                 every = loop.validate_every or self.steps_per_epoch
                 last = self.step == self.total
                 validated = last or self.step % every == 0
-                improved = validated and self.validate()
                 due = self.step % loop.checkpoint_every == 0 if loop.checkpoint_every else validated
+                if (validated or due) and (why := self.unsound()):
+                    self.roll_back(why)
+                    batches = self.batches()
+                    continue
+                improved = validated and self.validate()
                 if last or improved or (due and not self.watch.bad):
                     self.save()
                 if self._stopped(caught):
-                    self.save()
+                    if not self.unsound():
+                        self.save()
                     raise Interrupted(f"stopped at step {self.step}; the same command continues")
 
     def _record(self, values: dict[str, float] | None) -> None:
@@ -262,6 +268,17 @@ class Trainer:
             return bool(caught)
         flag = torch.tensor(float(bool(caught)), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum").item())
+
+    def unsound(self) -> str | None:
+        """Why the weights of now must be neither saved nor measured, or None; the same for all processes."""
+        weights = {
+            f"{part.name}.{name}": p for part in self.parts for name, p in part.bare.named_parameters()
+        }
+        bad = nonfinite({name: p.to_local() if hasattr(p, "to_local") else p for name, p in weights.items()})
+        count = torch.tensor(float(len(bad)), device=self.accelerator.device)
+        if not self.accelerator.reduce(count, "sum"):
+            return None
+        return told(bad, len(weights)) if bad else "weights of another process hold NaN or infinity"
 
     def tell(self) -> None:
         """Pass on what the task has to say."""
@@ -356,8 +373,8 @@ class Trainer:
         ):
             self.micro = min(self.micro, facts["micro"])
 
-    def roll_back(self) -> None:
-        """Back to the last good checkpoint, from there on with another data order.
+    def roll_back(self, why: str) -> None:
+        """Back to the last good checkpoint, from there on with another data order; `why` goes to the log.
 
         Raises: DivergedError: this happened more than `guard.rollbacks` times since that checkpoint.
         """
@@ -378,4 +395,4 @@ class Trainer:
         # the order is the number of rollbacks, so a killed run that meets the same trouble again goes the same way
         self.position = replace(self.position, order=rollbacks)
         self.log.rewind(self.step)
-        self.log.note(self.step, f"step {at}: {now.bad} updates in a row left out; back to step {self.step}")
+        self.log.note(self.step, f"step {at}: {why}; back to step {self.step}")

@@ -82,6 +82,8 @@ def _begin(trainer: Trainer) -> None:
     if trainer.accelerator.is_main_process:
         _describe(trainer)
     if path is None:
+        if why := trainer.unsound():
+            raise ValueError(f"the weights to begin with are no good: {why}")
         trainer.save()
 
 

@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from visionhybrid.models.checkpoint.finite import nonfinite, told
+
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})")
 Tensors = dict[str, Tensor]
@@ -258,12 +260,17 @@ def write_text(path: Path, text: str) -> None:
 def load_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], what: str) -> None:
     """Copy `source` into the tensors of `target`, sharded ones included; names and shapes must agree.
 
-    Raises: CheckpointError naming both sides.
+    Raises: CheckpointError naming both sides, or what is NaN or infinite there and not here.
     """
     if target.keys() != source.keys():
         missing, extra = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
         raise CheckpointError(
             f"{what} has other tensors than the checkpoint: missing {missing[:3]}, unexpected {extra[:3]}"
+        )
+    bad = nonfinite(source)
+    if bad and bad.keys() - nonfinite(target):
+        raise CheckpointError(
+            f"{what}: {told(bad, len(source))} in the checkpoint; remove its folder to continue from the one before"
         )
     for name, value in target.items():
         if value.shape != source[name].shape:
