@@ -93,6 +93,16 @@ class BatchNorm2d(nn.BatchNorm2d):
         return Affine(self)
 
 
+# ---- what constructors check
+
+
+def require_entries(who: str, count: int, **values: Sequence[Any]) -> None:
+    """ValueError, naming it, if one of the sequences (one entry a stage, say) has not `count` entries."""
+    for name, value in values.items():
+        if len(value) != count:
+            raise ValueError(f"{who}: {name} needs {count} entries, got {list(value)}")
+
+
 # ---- parts of hybrids of convolution and attention (RAVLT, MALA, A2Mamba)
 
 

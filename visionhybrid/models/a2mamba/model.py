@@ -16,7 +16,15 @@ from visionhybrid.models.a2mamba.keys import (
 from visionhybrid.models.a2mamba.keys import tokens_of
 from visionhybrid.models.a2mamba.mixer import GlobalMixer, StateSpaceMixer
 from visionhybrid.models.backbone import Backbone, LayerFn, Spec, Stage
-from visionhybrid.models.layers import ConvMlp, ConvNorm, ConvPosition, ConvStem, RotaryGrid, fold_after
+from visionhybrid.models.layers import (
+    ConvMlp,
+    ConvNorm,
+    ConvPosition,
+    ConvStem,
+    RotaryGrid,
+    fold_after,
+    require_entries,
+)
 
 RESIDUALS = ("plain", "layer_scale", "residual_scale")
 
@@ -128,34 +136,19 @@ class A2Mamba(Backbone):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        per_stage = dict(
-            depths=depths,
-            dims=dims,
-            num_heads=num_heads,
-            kernel_sizes=kernel_sizes,
-            mlp_ratios=mlp_ratios,
-            residual=residual,
-            scale_init=scale_init,
+        require_entries(
+            "A2Mamba", 4, depths=depths, dims=dims, num_heads=num_heads, kernel_sizes=kernel_sizes
         )
-        for name, value in per_stage.items():
-            if len(value) != 4:
-                raise ValueError(f"A2Mamba: {name} needs 4 entries, got {list(value)}")
-        for kind in residual:
-            if kind not in RESIDUALS:
-                raise ValueError(f"A2Mamba: residual must be one of {', '.join(RESIDUALS)}, got {kind!r}")
+        require_entries("A2Mamba", 4, mlp_ratios=mlp_ratios, residual=residual, scale_init=scale_init)
+        for how in residual:
+            if how not in RESIDUALS:
+                raise ValueError(f"A2Mamba: residual must be one of {', '.join(RESIDUALS)}, got {how!r}")
         stages = []
         for i, dim in enumerate(dims):
-            mixer = partial(StateSpaceMixer, num_heads=num_heads[i], kernel_size=kernel_sizes[i])
-            if i == 3:
-                mixer = partial(
-                    GlobalMixer,
-                    num_heads=num_heads[i],
-                    kernel_size=kernel_sizes[i],
-                    tokens=tokens_of(img_size),
-                )
+            kind = StateSpaceMixer if i < 3 else partial(GlobalMixer, tokens=tokens_of(img_size))
             block = partial(
                 Block,
-                mixer=mixer,
+                mixer=partial(kind, num_heads=num_heads[i], kernel_size=kernel_sizes[i]),
                 hidden=int(mlp_ratios[i] * dim),
                 residual=residual[i],
                 scale_init=scale_init[i],

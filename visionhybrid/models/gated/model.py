@@ -22,6 +22,7 @@ from visionhybrid.models.layers import (
     ConvStem,
     RotaryGrid,
     fold_after,
+    require_entries,
     rotate,
 )
 
@@ -157,12 +158,8 @@ class GatedBackbone(Backbone):
         dtype: Any = None,
     ) -> None:
         name = type(self).__name__
-        lists = dict(
-            depths=depths, dims=dims, num_heads=num_heads, mlp_ratios=mlp_ratios, layer_scale=layer_scale
-        )
-        for what, value in lists.items():
-            if len(value) != 4:
-                raise ValueError(f"{name}: {what} needs 4 entries, got {list(value)}")
+        require_entries(name, 4, depths=depths, dims=dims, num_heads=num_heads)
+        require_entries(name, 4, mlp_ratios=mlp_ratios, layer_scale=layer_scale)
         stages = []
         for i, (depth, dim, heads) in enumerate(zip(depths, dims, num_heads, strict=True)):
             if dim % (4 * heads):

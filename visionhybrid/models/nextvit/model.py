@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from visionhybrid.models.backbone import Backbone, Spec, Stage, no_layer
-from visionhybrid.models.layers import BatchNorm2d
+from visionhybrid.models.layers import BatchNorm2d, require_entries
 from visionhybrid.models.nextvit.blocks import NCB, NTB, Stem
 from visionhybrid.models.nextvit.keys import checkpoint_filter_fn as checkpoint_filter_fn  # for timm
 
@@ -63,44 +63,26 @@ class NextViT(Backbone):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        for name, value, length in (
-            ("depths", depths, 4),
-            ("stem_chs", stem_chs, 3),
-            ("dims", dims, 4),
-            ("ntb_dims", ntb_dims, 3),
-            ("strides", strides, 4),
-            ("sr_ratios", sr_ratios, 4),
-            ("mlp_ratios", mlp_ratios, 2),
-        ):
-            if len(value) != length:
-                raise ValueError(f"NextViT: {name} needs {length} entries, got {list(value)}")
-        if min(depths) < 1 or depths[2] % 5:
-            raise ValueError(
-                f"NextViT: depths must be positive, the third a multiple of 5, got {list(depths)}"
-            )
-        kinds = (
-            "C" * depths[0],
-            "C" * (depths[1] - 1) + "T",
-            "CCCCT" * (depths[2] // 5),
-            "C" * (depths[3] - 1) + "T",
-        )
+        require_entries("NextViT", 4, depths=depths, dims=dims, strides=strides, sr_ratios=sr_ratios)
+        require_entries("NextViT", 3, stem_chs=stem_chs, ntb_dims=ntb_dims)
+        require_entries("NextViT", 2, mlp_ratios=mlp_ratios)
         common = dict(drop=proj_drop_rate, head_dim=head_dim)
+        ncb = partial(NCB, mlp_ratio=mlp_ratios[0], **common)
+        ntb = partial(NTB, mlp_ratio=mlp_ratios[1], mix=mix_block_ratio, attn_drop=attn_drop_rate, **common)
         stages = []
-        for i, kind in enumerate(kinds):
-            ncb = partial(NCB, dim=dims[i], mlp_ratio=mlp_ratios[0], **common)
-            ntb = partial(
-                NTB,
-                dim=ntb_dims[max(i - 1, 0)],
-                mlp_ratio=mlp_ratios[1],
-                sr_ratio=sr_ratios[i],
-                mix=mix_block_ratio,
-                attn_drop=attn_drop_rate,
-                **common,
+        for i, letters in enumerate(_letters(depths)):
+            blocks = {
+                "C": partial(ncb, dim=dims[i]),
+                "T": partial(ntb, dim=ntb_dims[max(i - 1, 0)], sr_ratio=sr_ratios[i]),
+            }
+            first, *others = (blocks[letter] for letter in letters)
+            stages.append(
+                Stage(
+                    blocks=(partial(first, stride=strides[i]), *others),
+                    norm=BatchNorm2d if extra_norm and i < 3 else no_layer,
+                    stride=strides[i],
+                )
             )
-            blocks = [ncb if letter == "C" else ntb for letter in kind]
-            blocks[0] = partial(blocks[0], stride=strides[i])
-            norm = BatchNorm2d if extra_norm and i < len(kinds) - 1 else no_layer
-            stages.append(Stage(blocks=tuple(blocks), norm=norm, stride=strides[i]))
         spec = Spec(
             stem=partial(Stem, dims=stem_chs),
             stages=tuple(stages),
@@ -131,3 +113,15 @@ class NextViT(Backbone):
         for part in (*still, *self._frozen()):
             part.eval()
         return self
+
+
+def _letters(depths: Sequence[int]) -> tuple[str, str, str, str]:
+    """The blocks of each stage in their order: C for convolution (NCB), T for transformer (NTB)."""
+    if min(depths) < 1 or depths[2] % 5:
+        raise ValueError(f"NextViT: depths must be positive, the third a multiple of 5, got {list(depths)}")
+    return (
+        "C" * depths[0],
+        "C" * (depths[1] - 1) + "T",
+        "CCCCT" * (depths[2] // 5),
+        "C" * (depths[3] - 1) + "T",
+    )
