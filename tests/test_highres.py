@@ -121,7 +121,7 @@ def test_memory_of_a_call_is_bounded():
     with frugal(pipe, tile=None, one_by_one=True, chunk=100):
         pipe.unet(**tiny.unet_inputs(batch=3))
     assert batches == {1}
-    assert tokens == {100, 56}  # 16x16 tokens
+    assert tokens == {86, 84}  # of 16x16
     for handle in handles:
         handle.remove()
     assert pipe.unet.mid_block.forward == forward

@@ -4,8 +4,11 @@ import pytest
 import tiny_pipelines as tiny
 import tiny_transformers as transformers
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import visionhybrid
+from visionhybrid.bench import memory
+from visionhybrid.hosts.diffusers import feed_forward
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
@@ -295,3 +298,67 @@ def test_another_task_shares_the_mixers(tmp_path):
     other.save_pretrained(tmp_path)
     loaded = type(other).from_pretrained(tmp_path)
     assert torch.equal(output(loaded.unet), output(pipe.unet))
+
+
+# ---- feed-forward networks -------------------------------------------------------------------------------------------
+
+FEED = f"{DOWN.removesuffix('attn1')}ff"
+
+
+def tokens_of_pieces(unet, **changes):
+    """How many tokens the hidden layer of one network gets at each of its calls, and the model's output."""
+    seen = []
+    layer = unet.get_submodule(FEED).net[0]
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    out = output(unet, **changes)
+    handle.remove()
+    return seen, out
+
+
+def test_a_call_with_mixers_needs_less_memory_than_without(monkeypatch):
+    """Linear attention keeps no scores, and feed-forward networks go in pieces."""
+    monkeypatch.setattr(feed_forward, "SHORTEST", 64)
+    inputs, unet = tiny.unet_inputs(batch=1, size=(32, 32)), tiny.unet()
+    plain = memory.live(lambda: output(unet, **inputs))
+    assert tokens_of_pieces(unet, **inputs)[0] == [1024]
+    visionhybrid.attach(unet, "linfusion", layers="tokens > 64")
+    assert memory.live(lambda: output(unet, **inputs)) < 0.75 * plain
+    assert tokens_of_pieces(unet, **inputs)[0] == [128] * 8
+
+
+def test_pieces_of_feed_forward_give_the_same_numbers(monkeypatch):
+    unet = mixed().unet
+    tokens, whole = tokens_of_pieces(unet)
+    assert tokens == [256]
+    monkeypatch.setattr(feed_forward, "SHORTEST", 8)
+    assert tokens_of_pieces(unet, **tiny.unet_inputs(size=(6, 14)))[0] == [11] * 7 + [7]
+    tokens, pieces = tokens_of_pieces(unet)
+    assert tokens == [32] * 8
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-6)
+    block = unet.get_submodule(FEED.removesuffix(".ff"))
+    block.set_chunk_feed_forward(32, dim=1)  # diffusers' own pieces come first
+    assert tokens_of_pieces(unet)[0] == [32] * 8
+    block.set_chunk_feed_forward(None)
+    # a gradient needs every hidden layer, and offloaded weights would be fetched for every piece
+    seen = []
+    unet.get_submodule(FEED).net[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[1]))
+    unet(**tiny.unet_inputs())
+    unet.get_submodule(FEED).net[2]._hf_hook = object()
+    output(unet)
+    assert seen == [256, 256]
+    visionhybrid.detach(unet)
+    assert type(unet.get_submodule(FEED)) is type(tiny.unet().get_submodule(FEED))
+    assert "forward" not in vars(unet.get_submodule(FEED))
+
+
+def test_pieces_of_feed_forward_compile(monkeypatch):
+    """One graph without a break, for many numbers of tokens."""
+    monkeypatch.setattr(feed_forward, "SHORTEST", 8)
+    network = mixed().unet.get_submodule(FEED)
+    graphs = CompileCounter()
+    compiled = torch.compile(network, backend=graphs, fullgraph=True, dynamic=True)
+    for tokens in (256, 240, 280):
+        x = torch.randn(2, tokens, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), network(x))
+    assert graphs.frame_count == 1

@@ -11,6 +11,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
+from visionhybrid.hosts.diffusers.feed_forward import in_pieces
+
 __all__ = ["frugal"]
 
 # Flux's positions are tables of tokens, without a batch.
@@ -70,7 +72,7 @@ def _hooked(module: nn.Module, hook: ModelHook, name: str) -> Iterator[None]:
 
 
 class TokenChunks(ModelHook):
-    """(B, N, C) in pieces of `size` tokens, the last one shorter; diffusers' own chunks must divide N."""
+    """(B, N, C) in pieces of at most `size` tokens; diffusers' own chunks must divide N."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -80,9 +82,7 @@ class TokenChunks(ModelHook):
 
     def new_forward(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         run = self.fn_ref.original_forward
-        if x.shape[1] <= self.size:
-            return run(x, *args, **kwargs)
-        return torch.cat([run(part, *args, **kwargs) for part in x.split(self.size, 1)], 1)
+        return in_pieces(lambda part: run(part, *args, **kwargs), x, -(-x.shape[1] // self.size))
 
 
 class OneByOne(ModelHook):

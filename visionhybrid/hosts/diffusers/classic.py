@@ -86,13 +86,10 @@ class MixerProcessor:
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
 
-        x_q, x_k = mixer.hidden(x)
-        projected = attn.to_q(x_q), attn.to_k(x_k), attn.to_v(x)
-        q, k, v = (y.unflatten(2, (attn.heads, -1)).transpose(1, 2) for y in projected)  # (B, heads, N, D)
-        q = q if attn.norm_q is None else attn.norm_q(q)
-        k = k if attn.norm_k is None else attn.norm_k(k)
+        q, k, v = _project(attn, x)
         extra = {} if metric is None else {"metric": metric}
         out = mix(mixer, q, k, v, grid=grid, group=group, **extra).transpose(1, 2).flatten(2)
+        del q, k, v  # what follows is the larger for them
         if hasattr(mixer, "beside"):
             out = out + mixer.beside(x, grid=grid, group=group)
 
@@ -102,7 +99,17 @@ class MixerProcessor:
             out = out.transpose(1, 2).reshape(residual.shape)
         if attn.residual_connection:
             out = out + residual
-        return out / attn.rescale_output_factor
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+
+def _project(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N, C) -> q, k, v as (B, heads, N, D), normed."""
+    x_q, x_k = attn.mixer.hidden(x)
+    q = attn.to_q(x_q)
+    del x_q
+    projected = q, attn.to_k(x_k), attn.to_v(x)
+    q, k, v = (y.unflatten(2, (attn.heads, -1)).transpose(1, 2) for y in projected)
+    return q if attn.norm_q is None else attn.norm_q(q), k if attn.norm_k is None else attn.norm_k(k), v
 
 
 def _find(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from visionhybrid import mixers
-from visionhybrid.hosts.diffusers import models
+from visionhybrid.hosts.diffusers import feed_forward, models
 from visionhybrid.hosts.diffusers.family import Family, family_of, known_models
 from visionhybrid.hosts.plan import Part
 
@@ -180,7 +180,8 @@ def _settle(model: Any, state: State) -> None:
             models.leave(model)
         return
     kind = family(model)
-    state.handles = kind.hooks(model, set(state.layers))
+    names = set(state.layers)
+    state.handles = [*kind.hooks(model, names), *feed_forward.pieces_around(model, names)]
     for name in state.layers:
         attn = model.get_submodule(name)
         guard = partial(_guard, name=name, processor=attn.processor, plain=kind.plain)

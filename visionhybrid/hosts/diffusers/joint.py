@@ -77,6 +77,7 @@ class JointProcessor:
         )
         out = mix(mixer, q, k, v, grid=grid, text_tokens=text_tokens, group=group, **extra)
         out = out.transpose(1, 2).flatten(2)
+        del q, k, v  # what follows is the larger for them
         if encoder_hidden_states is None:
             return _leave(attn, out)
         text, image = out.tensor_split([encoder_hidden_states.shape[1]], dim=1)

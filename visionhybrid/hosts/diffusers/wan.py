@@ -60,8 +60,11 @@ class WanMixerProcessor:
         if rotary:
             q, k = _rotate(q, *rotary), _rotate(k, *rotary)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        del x_q, x_k
         out = mix(mixer, q, k, v, grid=sides[0] if sides else (x.shape[1],), group=group)
-        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2).to(q.dtype)))
+        out = out.transpose(1, 2).flatten(2).to(q.dtype)
+        del q, k, v  # what follows is the larger for them
+        return attn.to_out[1](attn.to_out[0](out))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
