@@ -1,0 +1,180 @@
+"""Checkpoints of a run: whole, verified, in order, and what happens when they are not."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+from train_case import outcome, toy
+
+from visionhybrid.train import run, state
+
+# ---- checkpoints
+
+
+def saved(folder, step, value=1.0):
+    return state.write(folder, step, {"model": {"w": torch.full((300,), value)}}, {"step": step})
+
+
+def test_pack_is_exact():
+    tree = {
+        "state": {0: {"step": torch.tensor(3.0), "parts": (torch.ones(2), None)}, 7: {}},
+        "groups": [{"lr": 0.1 + 0.2, "betas": (0.9, 0.99), "flag": True, "inf": math.inf, "$odd": "x"}],
+    }
+    packed, tensors = state.pack(tree)
+    again = state.unpack(json.loads(json.dumps(packed)), tensors)
+    assert repr(again) == repr(tree)
+    with pytest.raises(state.CheckpointError, match=r"cannot store 'groups.0.f'"):
+        state.pack({"groups": [{"f": print}]})
+
+
+def test_newest_valid_one_is_taken_and_the_others_are_named(tmp_path):
+    for step in (1, 2, 3, 4, 5, 6):
+        saved(tmp_path, step)
+    damage = {
+        6: lambda path: (path / "manifest.json").write_text("{"),
+        5: lambda path: os.truncate(path / "model.safetensors", 100),
+        4: lambda path: flip(path / "model.safetensors"),
+        3: lambda path: (path / "state.json").unlink(),
+        2: lambda path: (path / "manifest.json").write_text('{"format": 99, "files": {}}'),
+    }
+    for step, action in damage.items():
+        action(tmp_path / f"step_{step:08d}")
+    path, skipped = state.newest(tmp_path)
+    assert path == tmp_path / "step_00000001"
+    reasons = [text.removeprefix("checkpoint ") for text in skipped]
+    assert reasons == [
+        "step_00000006 skipped: manifest.json is damaged",
+        f"step_00000005 skipped: model.safetensors has 100 bytes instead of {(tmp_path / 'step_00000001/model.safetensors').stat().st_size}",
+        "step_00000004 skipped: model.safetensors has another content than its manifest says",
+        "step_00000003 skipped: state.json is missing",
+        "step_00000002 skipped: format 99, this version reads 1",
+    ]
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_run_says_why_it_continues_from_an_older_one(tmp_path):
+    run(toy(), tmp_path / "whole", progress=False)
+    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    flip(max((tmp_path / "damaged" / "checkpoints").glob("step_*")) / "optimizer.safetensors")
+    result = run(toy(), tmp_path / "damaged", progress=False)
+    notes = [row["text"] for row in result["history"] if row["kind"] == "note"]
+    assert "checkpoint step_00000012 skipped: optimizer.safetensors has another content" in notes[0]
+    assert notes[1] == "continuing from step_00000010"
+    assert outcome(tmp_path / "damaged") == outcome(tmp_path / "whole")
+
+
+def test_no_valid_checkpoint_is_not_a_fresh_start(tmp_path):
+    run(toy(), tmp_path, progress=False)
+    for path in (tmp_path / "checkpoints").glob("step_*"):
+        (path / "manifest.json").unlink()
+    with pytest.raises(
+        state.CheckpointError, match="no valid checkpoint to continue from; checkpoint step_00000012"
+    ):
+        run(toy(), tmp_path, progress=False)
+
+
+def test_old_ones_go_only_after_the_new_one_verifies(tmp_path, monkeypatch):
+    saved(tmp_path, 1)
+    put = state._put
+
+    def wrong(path, content):
+        return put(path, content if path.name != "model.safetensors" else content[:-1] + b"x") | {
+            "sha256": state.hashlib.sha256(content).hexdigest()
+        }
+
+    monkeypatch.setattr(state, "_put", wrong)
+    with pytest.raises(
+        state.CheckpointError, match=r"what was written does not read back: model.safetensors has"
+    ):
+        saved(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path):
+    for step in range(1, 7):
+        saved(tmp_path, step)
+    os.truncate(tmp_path / "step_00000006" / "model.safetensors", 9)
+    state.prune(tmp_path, keep=2, best=2)
+    assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["2", "4", "5", "6"]
+
+
+def test_same_step_again_replaces_it(tmp_path):
+    saved(tmp_path, 1, 1.0)
+    saved(tmp_path, 1, 2.0)
+    assert state.read(tmp_path / "step_00000001")[0]["model"]["w"][0] == 2
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_is_put_in_order(tmp_path):
+    saved(tmp_path, 1)
+    saved(tmp_path, 2)
+    (tmp_path / "step_00000002").rename(tmp_path / ".step_00000002.old")  # killed between the two renames
+    (tmp_path / ".step_00000003.99.tmp").mkdir()
+    state.clean(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    """The disk fills while the third checkpoint is written: the run ends with one line, and continues once there is room."""
+    run(toy(), tmp_path / "whole", progress=False)
+    put = state._put
+
+    def full(path, content):
+        if path.name == "optimizer.safetensors" and "step_00000006" in str(path):
+            path.write_bytes(content[:10])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return put(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "_put", full)
+        with pytest.raises(state.CheckpointError) as error:
+            run(toy(), tmp_path / "full", progress=False)
+    assert str(error.value).startswith("disk full: checkpoint step_00000006 needs 0.0 MiB in ")
+    assert str(error.value).endswith("step_00000005")
+    assert "\n" not in str(error.value)
+    names = sorted(p.name for p in (tmp_path / "full" / "checkpoints").iterdir())
+    assert names == ["step_00000004", "step_00000005"]
+    run(toy(), tmp_path / "full", progress=False)
+    assert outcome(tmp_path / "full") == outcome(tmp_path / "whole")
+
+
+def test_too_little_room_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(state.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    monkeypatch.setattr(state, "_put", lambda *args: pytest.fail("wrote"))
+    with pytest.raises(state.CheckpointError, match=r"disk full.*there is no earlier checkpoint"):
+        saved(tmp_path, 1)
+
+
+def test_no_pickle_and_every_file_named_in_the_manifest(tmp_path):
+    run(toy(), tmp_path, progress=False)
+    for path in (tmp_path / "checkpoints").iterdir():
+        names = {file.name for file in path.iterdir()}
+        listed = set(json.loads((path / "manifest.json").read_text())["files"])
+        assert names == listed | {"manifest.json"}
+        assert names == {
+            "model.safetensors",
+            "ema.safetensors",
+            "optimizer.safetensors",
+            "state.json",
+            "manifest.json",
+        }
+
+
+def test_another_model_is_refused(tmp_path):
+    run(toy(), tmp_path, progress=False)
+    with pytest.raises(
+        state.CheckpointError, match=r"model has other tensors than the checkpoint: missing \[\], unexp"
+    ):
+        run(toy(norm=False), tmp_path, progress=False)
