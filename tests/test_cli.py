@@ -415,3 +415,15 @@ def test_as_a_process(tmp_path):
     done = process("inspect", str(evil), "--debug")
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
+
+
+def test_the_page_says_what_is_wrong_in_one_line(capsys):
+    from visionhybrid import app
+
+    with pytest.raises(SystemExit) as stop:
+        app.main(["nowhere.pth"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert "nowhere.pth" in said or 'pip install "visionhybrid[app]"' in said

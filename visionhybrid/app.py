@@ -8,10 +8,10 @@ Everything stays on this machine: gradio's analytics are off, its page loads no 
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -171,5 +171,24 @@ def _gradio() -> Any:
     return gradio
 
 
+def main(words: Sequence[str] | None = None) -> None:
+    """`python -m visionhybrid.app [CHECKPOINT] [--host ...] [--port ...]`; what is wrong leaves as one line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m visionhybrid.app", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "checkpoint", nargs="?", help="a file or run directory; without one the page asks for it"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; this machine only by default"
+    )
+    parser.add_argument("--port", type=int, help="a free one by default")
+    given = parser.parse_args(words)
+    try:
+        launch(given.checkpoint, host=given.host, port=given.port)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
+
+
 if __name__ == "__main__":
-    launch(*sys.argv[1:2])
+    main()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -59,33 +61,22 @@ def run(
     if rounds is not None:
         cases = [replace(case, rounds=rounds) for case in cases]
     facts = machine.facts(place)
-    console = Console(stderr=True)
-    with (
-        warnings.catch_warnings(),
-        Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not progress,
-        ) as bar,
-    ):
+    with warnings.catch_warnings(), _bar(len(cases), progress) as say:
         # The peers' own warnings are not ours to fix.
         warnings.simplefilter("ignore")
-        task = bar.add_task("ceilings of this machine", total=len(cases))
+        say("ceilings of this machine", 0)
         peaks = measure_peaks(place, seconds=0.2 if quick else 1.5)
         results = []
         for i, case in enumerate(cases):
 
-            def say(text: str, done: float, i: int = i, name: str = case.name) -> None:
-                bar.update(task, description=f"{name}: {text}", completed=i + done)
+            def tell(text: str, done: float, i: int = i, name: str = case.name) -> None:
+                say(f"{name}: {text}", i + done)
 
             run_case = measure_apart if case.apart else measure
-            results.append(run_case(case, device=place, peaks=peaks, report=say))
+            results.append(run_case(case, device=place, peaks=peaks, report=tell))
         series = getattr(module, "series", None) if place.type == "cpu" else None
-        bar.update(task, description="over ranges", completed=len(cases))
+        say("over ranges", len(cases))
         ranges = series(quick=quick, only=only) if series else []
-        bar.update(task, description="done")
     words = " ".join(sys.argv[1:]) if Path(sys.argv[0]).parent.name == "bench" else suite
     data = report.record(
         suite,
@@ -100,14 +91,29 @@ def run(
         tables=[each.table for each in ranges],
     )
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / f"{suite}.json", json.dumps(data, indent=1) + "\n")
-        write_text(out / f"{suite}.md", report.page([data]))
-        report.plot(data, out / f"{suite}.png")
-        report.plot_lengths(data, out / f"{suite}_length.png")
-        for each in ranges:
-            each.draw(out / f"{suite}_{each.name}.png")
+        _write(out, suite, data, ranges)
     return data
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[str, float], None]]:
+    """A bar on the error stream; gives what moves it: what is done now, and how many cases are done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda text, done: bar.update(task, description=text, completed=done)
+        bar.update(task, description="done")
+
+
+def _write(out: Path, suite: str, data: dict[str, Any], ranges: Sequence[Any]) -> None:
+    """The record as JSON, page and plots, and a plot of each range."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / f"{suite}.json", json.dumps(data, indent=1) + "\n")
+    write_text(out / f"{suite}.md", report.page([data]))
+    report.plot(data, out / f"{suite}.png")
+    report.plot_lengths(data, out / f"{suite}_length.png")
+    for each in ranges:
+        each.draw(out / f"{suite}_{each.name}.png")
 
 
 def _suite_command(suite: str, purpose: str) -> None:
@@ -153,6 +159,7 @@ def page(
 
 
 def main() -> None:
+    """Entry point: what is wrong leaves as one line."""
     try:
         app()
     except (ValueError, ModuleNotFoundError) as error:

@@ -74,7 +74,7 @@ def _common(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Hybrid attention for vision: inspect, run and train classifiers and image restorers."""
+    """Hybrid attention for vision: inspect, run and train classifiers, image restorers and generators."""
     _state.debug = debug
 
 
