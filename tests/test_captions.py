@@ -1,6 +1,7 @@
 """Folders of images with captions, and pipelines trained on them."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -111,6 +112,93 @@ def test_what_is_wrong_with_captions(files, message, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         captions(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"0.txt": b"a", "1.txt": "caf\xe9".encode("latin-1")},
+            r"1 of 2 captions .*1\.txt: not UTF-8: .* byte 3",
+        ),
+        ({"metadata.csv": "file_name,text\n0.png,a".encode("utf-16")}, r"metadata\.csv: not UTF-8"),
+        ({"metadata.csv": b'file_name,text\n0.png,"' + b"x" * 200_000}, r"metadata\.csv, line 1: not CSV"),
+        ({"metadata.jsonl": b"[" * 100_000}, r"metadata\.jsonl, line 1: not JSON"),
+        (
+            {"metadata.jsonl": rb'{"file_name": "0.png", "text": "\ud800"}'},
+            "line 1: 'text' has half of a surr",
+        ),
+        ({"metadata.jsonl": rb'{"file_name": "0.png", "text": 1' + b"0" * 5000 + b"}"}, "line 1: "),
+    ],
+    ids=["Latin-1", "UTF-16", "endless", "nested", "surrogate", "long number"],
+)
+def test_hostile_captions_are_one_line(files, message, tmp_path):
+    pictures(tmp_path, 2)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^data: .*{message}") as error:
+        captions(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_what_editors_do_to_text_does_not_matter(mark, end, tmp_path):
+    """Marks at the beginning, ends of lines, and in JSON and CSV what some take for the end of a line."""
+    texts = ["a\u2028cat", "a\x85dog", "a\x0cfox"]
+    for folder in ("beside", "json", "csv"):
+        pictures(tmp_path / folder, 3)
+    for i, text in enumerate(texts):
+        (tmp_path / "beside" / f"{i}.txt").write_bytes(f"{mark}{text}{end}".encode())
+    rows = [json.dumps({"file_name": f"{i}.png", "text": t}, ensure_ascii=False) for i, t in enumerate(texts)]
+    (tmp_path / "json" / "metadata.jsonl").write_bytes(f"{mark}{end.join(rows)}{end}".encode())
+    rows = ["file_name,text", *(f'{i}.png,"{text}"' for i, text in enumerate(texts))]
+    (tmp_path / "csv" / "metadata.csv").write_bytes(f"{mark}{end.join(rows)}{end}".encode())
+    for folder in ("beside", "json", "csv"):
+        assert list(captions(tmp_path / folder)[0].values()) == texts, folder
+
+
+def test_metadata_are_found_where_pictures_are(tmp_path):
+    """Behind links to folders, too, once each, and not where nothing is looked for."""
+    pictures(tmp_path / "elsewhere", 1)
+    (tmp_path / "elsewhere" / "metadata.csv").write_text("file_name,text\n0.png,behind a link\n")
+    (tmp_path / "data" / ".ipynb_checkpoints").mkdir(parents=True)
+    (tmp_path / "data" / ".ipynb_checkpoints" / "metadata.csv").write_text("file_name,text\n9.png,old\n")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "1.png").mkdir()  # a folder, whatever its name
+    assert captions(tmp_path / "data")[0] == {"linked/0.png": "behind a link"}
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    pictures(tmp_path, 1)
+    (tmp_path / "0.txt").write_text("a")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def closed(path):  # permissions do not stop everyone who runs tests
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(ValueError, match=r"closed: the folder cannot be read: Permission denied"):
+        captions(tmp_path)
+
+
+def test_captions_that_cannot_be_read_can_be_left_out_and_are_counted(tmp_path):
+    pictures(tmp_path, 3)
+    for i, content in enumerate([b"a", b"\xff", b" "]):
+        (tmp_path / f"{i}.txt").write_bytes(content)
+    train, _, notes = captions(tmp_path, skip=True)
+    assert train == {"0.png": "a"}
+    assert [note.partition(" in ")[0] for note in notes] == [
+        "skipped: 1 of 3 captions",
+        "skipped: 1 of 3 images",
+    ]
+    (tmp_path / "0.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="2 of 3 captions"):
+        captions(tmp_path, skip=True)
 
 
 def test_missing_captions_can_be_left_out_and_are_counted(tmp_path):

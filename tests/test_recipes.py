@@ -201,6 +201,11 @@ def test_encoded_data_that_do_not_fit(clips, tmp_path):
     source.files.append(tmp_path / "b.safetensors")
     with pytest.raises(CorruptSample, match="the first file"):
         source.sample(len(source) - 1, 0)
+    values = {name: torch.zeros(shape) for name, shape in source.shapes.items()}
+    values["latent"].view(-1)[-1] = torch.nan
+    (tmp_path / "b.safetensors").write_bytes(save(values))
+    with pytest.raises(CorruptSample, match="NaN or infinity in latent"):
+        source.sample(len(source) - 1, 0)
 
 
 TINY_DIT = ["model.options.num_layers=1", "model.options.attention_head_dim=8"]

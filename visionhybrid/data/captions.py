@@ -1,12 +1,13 @@
 """Images with captions, in a folder: `metadata.jsonl` or `metadata.csv` beside them, or `NAME.txt` beside `NAME.png`.
 
 The metadata are those of Hugging Face's image folders: a column `file_name`, relative to the metadata's folder, and one with
-the caption. They may stand in any folder below the root.
+the caption. They may stand in any folder below the root. All text is UTF-8, with a mark at its beginning or without.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from visionhybrid.data.classification import stamp_of
-from visionhybrid.data.scan import find_pictures, split_folders
+from visionhybrid.data.scan import find_pictures, split_folders, walk
 
 
 class Captioned:
@@ -76,14 +77,21 @@ def _read(folder: Path, column: str, skip: bool, notes: list[str]) -> Captioned:
     captions = dict(_metadata(folder, column))
     if absent := sorted(captions.keys() - set(names)):
         _missing(f"metadata of {folder} name {len(absent)} images that are not there", absent, skip, notes)
+    unread: dict[str, str] = {}
     for name in names:
         beside = (folder / name).with_suffix(".txt")
         if name not in captions and beside.is_file():
-            captions[name] = _text(beside)
-    without = [name for name in names if not captions.get(name, "").strip()]
+            try:
+                captions[name] = _text(beside)
+            except ValueError as error:
+                unread[name] = str(error)
+    without = [name for name in names if name not in unread and not captions.get(name, "").strip()]
+    skip = skip and len(unread) + len(without) < len(names)
+    if unread:
+        message = f"{len(unread)} of {len(names)} captions in {folder} cannot be read"
+        _missing(message, list(unread.values()), skip, notes)
     if without:
-        message = f"{len(without)} of {len(names)} images in {folder} have no caption"
-        _missing(message, without, skip and len(without) < len(names), notes)
+        _missing(f"{len(without)} of {len(names)} images in {folder} have no caption", without, skip, notes)
     kept = [name for name in names if captions.get(name, "").strip()]
     return Captioned(folder, kept, [captions[name].strip() for name in kept])
 
@@ -97,41 +105,59 @@ def _missing(message: str, names: Sequence[str], skip: bool, notes: list[str]) -
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data: cannot read the caption {path}: {error}") from None
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
 
 
 def _metadata(folder: Path, column: str) -> Iterable[tuple[str, str]]:
     """Names relative to `folder`, and captions."""
-    for path in sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")]):
-        read = _json_lines if path.suffix == ".jsonl" else _csv_rows
-        inside = path.parent.relative_to(folder)
-        for number, row in read(path):
-            for name in ("file_name", column):
-                if not isinstance(row.get(name, ""), str):
-                    raise ValueError(f"data: {path}, line {number}: {name!r} is not text")
-                if name not in row:
-                    has = ", ".join(map(str, row))
-                    raise ValueError(f"data: {path}, line {number}: no column {name!r}; it has {has}")
-            yield (inside / row["file_name"]).as_posix(), row[column]
+    for inside, files in walk(folder):
+        for file in sorted({"metadata.csv", "metadata.jsonl"}.intersection(files)):
+            path = folder / inside / file
+            try:
+                for name, caption in _rows(path, column):
+                    yield (inside / name).as_posix(), caption
+            except ValueError as error:
+                raise ValueError(f"data: cannot read captions: {error}") from None
 
 
-def _json_lines(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
-    for number, line in enumerate(_text(path).splitlines(), 1):
+def _rows(path: Path, column: str) -> Iterable[tuple[str, str]]:
+    """Names and captions of a file of metadata. Raises: ValueError: with file, line and reason."""
+    read = _json_lines if path.suffix == ".jsonl" else _csv_rows
+    for number, row in read(path, _text(path)):
+        where = f"{path}, line {number}"
+        for name in ("file_name", column):
+            if not isinstance(row.get(name, ""), str):
+                raise ValueError(f"{where}: {name!r} is not text")
+            if name not in row:
+                raise ValueError(f"{where}: no column {name!r}; it has {', '.join(map(str, row))}")
+            if any("\ud800" <= letter <= "\udfff" for letter in row[name]):
+                raise ValueError(f"{where}: {name!r} has half of a surrogate pair, which is no text")
+        yield row["file_name"], row[column]
+
+
+def _json_lines(path: Path, text: str) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    # not `splitlines`, which also ends lines at characters that may stand in a JSON string
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"data: {path}, line {number}: not JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"data: {path}, line {number}: expected an object, got {line[:40]!r}")
+            raise ValueError(f"{path}, line {number}: expected an object, got {line[:40]!r}")
         yield number, row
 
 
-def _csv_rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
-    rows = csv.DictReader(_text(path).splitlines(keepends=True))
-    for row in rows:
-        # a line shorter than the header has None there: no caption
-        yield rows.line_num, {name: value or "" for name, value in row.items() if name is not None}
+def _csv_rows(path: Path, text: str) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in rows:
+            # a line shorter than the header has None there: no caption
+            yield rows.line_num, {name: value or "" for name, value in row.items() if name is not None}
+    except csv.Error as error:  # such as a quotation that never ends
+        raise ValueError(f"{path}, line {rows.line_num}: not CSV: {error}") from None

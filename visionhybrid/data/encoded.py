@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from visionhybrid.data.errors import CorruptSample
-from visionhybrid.data.scan import split_folders
+from visionhybrid.data.scan import split_folders, walk
+from visionhybrid.models.checkpoint.finite import nonfinite
 
 
 class Encoded:
@@ -33,7 +34,7 @@ class Encoded:
         return len(self.files)
 
     def sample(self, index: int, seed: int) -> dict[str, Tensor]:
-        """Raises: CorruptSample: the file cannot be read, or is not like the first one."""
+        """Raises: CorruptSample: the file cannot be read, is not like the first one, or has NaN."""
         path = self.files[index]
         try:
             row = load_file(path)
@@ -42,6 +43,8 @@ class Encoded:
         found = {name: tuple(value.shape) for name, value in row.items()}
         if found != self.shapes:
             raise CorruptSample(str(path), f"has {found}, the first file {self.shapes}")
+        if bad := nonfinite(row):
+            raise CorruptSample(str(path), f"NaN or infinity in {', '.join(bad)}")
         values = {name: value.float() for name, value in row.items()}
         return {"image": values.pop("latent"), "label": torch.tensor(index), **values}
 
@@ -65,10 +68,15 @@ def open_encoded(root: str, train: str, held_out: str, hold_out: int) -> tuple[E
 
 
 def _files(folder: Path) -> list[Path]:
-    found = sorted(folder.rglob("*.safetensors"))
+    found = [
+        folder / inside / file
+        for inside, files in walk(folder)
+        for file in files
+        if file.endswith(".safetensors")
+    ]
     if not found:
         raise ValueError(f"data.root: no encoded samples (*.safetensors) in {folder}")
-    return found
+    return sorted(found)
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:

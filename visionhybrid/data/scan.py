@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from visionhybrid.data.images import READ_SUFFIXES
@@ -13,26 +13,39 @@ from visionhybrid.data.images import READ_SUFFIXES
 _LISTED = re.compile(r"(?P<name>.+?)\s*(\(\d+,\s*\d+(,\s*\d+)?\)(\s+\d+)?)?\s*")
 
 
-def find_pictures(root: str | Path) -> list[str]:
-    """Image files below `root`, as sorted posix paths relative to it; hidden files and folders are passed over.
+def walk(root: str | Path) -> Iterator[tuple[PurePosixPath, list[str]]]:
+    """Each folder below `root`, relative to it ("." first), and the names of its files; what is hidden is passed over.
 
-    Links to folders are followed, each folder once. Raises: ValueError: no such folder, or no picture in it.
+    Links to folders are followed, each folder once. Raises: ValueError: no such folder, or one that cannot be read.
     """
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    found: list[str] = []
+
+    def refuse(error: OSError) -> None:  # else its pictures would be left out without a word
+        raise ValueError(f"{error.filename}: the folder cannot be read: {error.strerror}")
+
     seen: set[str] = set()
-    for folder, below, files in os.walk(root, followlinks=True):
+    for folder, below, files in os.walk(root, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
         below[:] = [] if real in seen else sorted(name for name in below if not name.startswith("."))
-        if real in seen:
-            continue
-        seen.add(real)
-        inside = Path(folder).relative_to(root).as_posix()
-        for name in files:
-            if not name.startswith(".") and PurePosixPath(name).suffix.lower() in READ_SUFFIXES:
-                found.append(name if inside == "." else f"{inside}/{name}")
+        if real not in seen:
+            seen.add(real)
+            inside = PurePosixPath(Path(folder).relative_to(root).as_posix())
+            yield inside, sorted(name for name in files if not name.startswith("."))
+
+
+def find_pictures(root: str | Path) -> list[str]:
+    """Image files below `root`, as sorted posix paths relative to it; hidden files and folders are passed over.
+
+    Raises: ValueError: as `walk`, or no picture in it.
+    """
+    found = [
+        (inside / name).as_posix()
+        for inside, files in walk(root)
+        for name in files
+        if PurePosixPath(name).suffix.lower() in READ_SUFFIXES
+    ]
     if not found:
         raise ValueError(
             f"{root}: no pictures in this folder (looked for {', '.join(sorted(READ_SUFFIXES))})"
