@@ -1,5 +1,6 @@
 """What README and docs/ say is true: generated tables are current, links lead somewhere, examples run."""
 
+import pkgutil
 import re
 import subprocess
 import sys
@@ -28,6 +29,21 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_api_page_names_what_there_is():
+    names = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(names) > 50
+    for name in names:
+        thing = pkgutil.resolve_name(name)
+        assert thing.__doc__, f"{name} has no docstring"
+
+
+def test_every_page_is_in_the_navigation():
+    shown = re.findall(
+        r"^  - [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(shown) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -172,6 +172,7 @@ def exponents(found: Mapping[int, Sequence[float]]) -> list[float]:
 
 
 def over_sizes(sides: Sequence[int] = SIDES, rounds: int = 5) -> Series:
+    """`by_stage` as table and plot."""
     found = by_stage(sides, rounds)
     return Series(name="a2mamba_by_stage", table=by_stage_table(found), draw=partial(plot, found))
 

@@ -31,6 +31,7 @@ class Peaks:
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """torch.float32 -> "float32"."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -171,6 +171,7 @@ def seconds(value: float) -> str:
 
 
 def mebibytes(value: float) -> str:
+    """Bytes in MiB, to the nearest."""
     return f"{value / 2**20:.0f} MiB"
 
 

@@ -75,6 +75,8 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Student(Drawn):
+    """A copy of the generator with another mixer, after it learned to imitate it."""
+
     untrained: Scores  # with the new mixers just put in
     kept: float  # percent of the teacher's recognised share; nan if that is 0
     distance: float  # |student - teacher|^2 / |teacher|^2 of what they predict, on held-out digits
@@ -84,6 +86,8 @@ class Student(Drawn):
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
+    """The third part of the demo: the generator, its copies, and what they are compared with."""
+
     teacher: Drawn
     students: list[Student]
     real: Sheet  # held-out digits

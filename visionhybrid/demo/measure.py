@@ -38,6 +38,8 @@ class Guess:
 
 @dataclass(frozen=True, kw_only=True)
 class Digits:
+    """The first part of the demo: what the classifier says of digits that were kept out of training."""
+
     training: Training
     count: int
     accuracy: float  # percent of the held-out digits
@@ -69,6 +71,8 @@ class Photo:
 
 @dataclass(frozen=True, kw_only=True)
 class Photographs:
+    """The second part of the demo: held-out photographs, doubled."""
+
     training: Training
     photos: list[Photo]
     trained_on: list[str]

@@ -36,6 +36,7 @@ def about(name: str) -> About:
 
 
 def list_mixers() -> list[str]:
+    """The registered names, sorted."""
     return sorted(MIXERS)
 
 

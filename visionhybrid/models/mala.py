@@ -42,6 +42,8 @@ class MagnitudeAwareMixer(GatedMixer):
 
 
 class MAViT(GatedBackbone):
+    """`GatedBackbone` with magnitude-aware linear attention in its first two stages."""
+
     linear_mixer = MagnitudeAwareMixer
 
 

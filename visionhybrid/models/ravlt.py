@@ -41,6 +41,8 @@ class RankAugmentedMixer(GatedMixer):
 
 
 class RAVLT(GatedBackbone):
+    """`GatedBackbone` with rank-augmented linear attention in its first two stages."""
+
     linear_mixer = RankAugmentedMixer
 
 

@@ -89,6 +89,8 @@ def _of_scheduler(config: Diffusion, scheduler: Any) -> Noising:
 
 
 class Flow:
+    """Flow matching: x_t = (1 - t) x + t noise; the velocity, noise - x, is predicted."""
+
     bound = None
 
     def __init__(self, config: Diffusion) -> None:

@@ -31,6 +31,8 @@ class TrainSet(Protocol):
 
 @dataclass(frozen=True)
 class Position:
+    """Where a run stands in its data."""
+
     epoch: int = 0
     cursor: int = 0  # global samples of this epoch already used
     order: int = 0  # changes the permutation after a rollback
@@ -48,6 +50,8 @@ class Plan:
 
 @dataclass
 class Batch:
+    """What one process gets for one step."""
+
     tensors: Sample
     after: Position  # where the run continues once this batch is used
     corrupt: tuple[str, ...] = ()

@@ -208,6 +208,7 @@ def _checkpoints(folder: Path) -> Iterator[Path]:
 
 
 def step_of(path: Path) -> int:
+    """step_00001200 -> 1200."""
     return int(path.name.removeprefix("step_"))
 
 

@@ -10,6 +10,7 @@ from visionhybrid.demo.page.parts import amount, clock, picture
 
 
 def section(digits: Digits) -> Iterator[str]:
+    """HTML: curves, the confusion matrix, mistakes and the least certain digits."""
     training = digits.training
     wrong = digits.count - sum(row[i] for i, row in enumerate(digits.confusion))
     yield "<h2>Next-ViT reads handwritten digits</h2>"

@@ -20,6 +20,7 @@ RED = torch.tensor([192, 39, 29, 255], dtype=torch.uint8).view(4, 1, 1)
 
 
 def section(found: Generation) -> Iterator[str]:
+    """HTML: the digits of all generators side by side, their scores, the grafts and what attention costs."""
     yield "<h2>HybridDiT writes digits, and goes on without softmax</h2>"
     yield from _words(found)
     yield from _learning(found)

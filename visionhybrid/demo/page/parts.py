@@ -28,4 +28,5 @@ def clock(seconds: float) -> str:
 
 
 def amount(parameters: int) -> str:
+    """31763368 -> "31.76 million"."""
     return f"{parameters / 1e6:.2f} million" if parameters >= 1e6 else f"{parameters / 1e3:.0f} thousand"

@@ -11,6 +11,7 @@ from visionhybrid.demo.page.parts import CC_BY, amount, clock, picture
 
 
 def section(found: Photographs) -> Iterator[str]:
+    """HTML: curves, scores, and a detail of each photograph three times."""
     training = found.training
     yield "<h2>HAT doubles the size of photographs</h2>"
     yield (

@@ -236,11 +236,11 @@ class MixedViT(nn.Module):
 
 
 class MixedVisionTransformer(MixedViT, VisionTransformer):
-    pass
+    """timm's `VisionTransformer` with mixers."""
 
 
 class MixedVisionTransformerDistilled(MixedViT, VisionTransformerDistilled):
-    pass
+    """timm's `VisionTransformerDistilled` (a class and a distillation token) with mixers."""
 
 
 BLOCKS = {Block: MixedBlock, ResPostBlock: MixedResPostBlock}  # timm's class -> ours

@@ -151,6 +151,10 @@ def _typed(value: Any, hint: Any, key: str, expected: str = "") -> Any:
 
 
 def build(cls: Any, value: Any, key: str) -> Any:
+    """An instance of the dataclass `cls` of the fields in `value`; `key` is its path, for errors.
+
+    Raises: ConfigError: a field that there is not, one that is missing, or one of another type.
+    """
     if dataclasses.is_dataclass(value):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if not isinstance(value, Mapping):
