@@ -1,5 +1,8 @@
 """The selective scan: the published implementations' numbers, directions, extremes, errors, memory."""
 
+import functools
+import platform
+
 import pytest
 import torch
 from golden import list_cases, load_case
@@ -223,6 +226,29 @@ def test_it_is_compiled_once_and_a_failure_is_quoted(monkeypatch, tmp_path):
     compiler.library.cache_clear()
     with pytest.raises(RuntimeError, match=r"op: cannot compile .*native.cpp, use backend='eager'.* error: "):
         compiler.library(source)
+
+
+@pytest.mark.skipif(
+    compiler.missing() is not None or platform.machine() != "x86_64", reason="needs a compiler for x86"
+)
+@pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx"])
+def test_narrower_vectors(without, monkeypatch):
+    """Compiled as for a CPU without the widest: values and gradients of small and of extreme steps, and what is no number."""
+    monkeypatch.setattr(compiler, "FLAGS", [*compiler.FLAGS, without])
+    monkeypatch.setattr(compiler, "library", functools.cache(compiler.library.__wrapped__))
+    for size in (1, 100):
+        given = problem(length=100, dtype=torch.float32) | dict(reverse=(False, True))
+        given["delta"] *= size
+        leaves = [x.requires_grad_() for x in given.values() if isinstance(x, torch.Tensor)]
+        results = []
+        for backend in ("native", "reference"):
+            out = selective_scan(**given, backend=backend)
+            results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+        for got, want in zip(*results, strict=True):
+            assert (got - want).norm() <= 1e-5 * want.norm()
+    with torch.no_grad():
+        given["delta"][0, 1, 20] = torch.nan
+        assert selective_scan(**given, backend="native").isnan().sum() == 80
 
 
 def test_the_reference_has_second_derivatives():

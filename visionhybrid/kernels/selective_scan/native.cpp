@@ -26,8 +26,8 @@ using Lanes = std::make_integer_sequence<int, W>;
 typedef float V __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
 
-// Vectors worked on at once. Steps, decays and states in loops of their own keep the chains of dependent instructions short enough
-// that several tokens are under way: one loop for steps and decays takes 1.2 times as long for all.
+// Vectors worked on at once. Steps, decays and states in loops of their own keep the chains of dependent instructions short
+// enough that several tokens are under way: with one loop for steps and decays, all takes 1.2 times as long.
 constexpr int64_t TILE = 32;
 constexpr float LOG2E = 1.44269504f;
 
@@ -71,8 +71,8 @@ void store(float* row, int64_t t, int64_t length, V x) {
     }
 }
 
-// 2^x: 0 below 2^-126, infinity from 2^128, NaN of NaN. Of 2^n 2^f, n whole and |f| <= 1/2, the second is a polynomial: 1 at 0, so
-// that states which hardly decay keep their sums, and else within 2e-9 (all fits here are minimax, of relative error).
+// 2^x: 0 below 2^-126, infinity from 2^128, NaN of NaN. Of 2^n 2^f, n whole and |f| <= 1/2, the second is a polynomial within
+// 2e-9 (all fits here are minimax, of relative error), and 1 at 0, so that states which hardly decay keep their sums.
 V exp2(V x) {
 #if defined(__AVX512F__)
     V n = (V)_mm512_roundscale_ps((__m512)x, 8);
