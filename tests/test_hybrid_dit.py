@@ -4,12 +4,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from golden import list_cases, load_case
+from torch.testing import assert_close
 
 import visionhybrid
 from visionhybrid import mixers
 from visionhybrid.diffusion import HybridDiT, HybridDiTPipeline
 from visionhybrid.diffusion.dit_weights import read_dit
-from visionhybrid.diffusion.hybrid_dit import _positions
+from visionhybrid.diffusion.hybrid_dit import MANY, _positions, modulated
 
 TINY = dict(
     sample_size=8, in_channels=2, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_classes=3
@@ -91,6 +92,22 @@ def test_checkpointing_changes_nothing_and_compiling_has_no_break():
     assert torch.allclose(
         compiled(image, time, label).sample, model(image, time, label).sample, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("tokens", [MANY - 1, MANY])
+def test_the_modulated_norm_and_its_gradients(batch, tokens):
+    torch.manual_seed(0)
+    norm = torch.nn.LayerNorm(6, elementwise_affine=False, eps=1e-6)
+    cotangent = torch.randn(batch, tokens, 6).double()
+    shapes = ((batch, tokens, 6), (batch, 1, 6), (batch, 1, 6))
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    x, shift, scale = given
+    wanted = norm(x) * (1 + scale) + shift
+    got = modulated(norm, *given)
+    assert_close(got, wanted)
+    for a, b in zip(*(torch.autograd.grad(y, given, cotangent) for y in (got, wanted)), strict=True):
+        assert_close(a, b)
 
 
 def test_positions_are_stretched_to_other_sizes():

@@ -22,6 +22,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn import functional as F
 
 from visionhybrid import mixers
 from visionhybrid.diffusion.feed_forward import FEED_FORWARD, Grid
@@ -83,10 +84,28 @@ class Block(nn.Module):
         else:
             values = condition + self.table
         shift1, scale1, gate1, shift2, scale2, gate2 = values.to(x.dtype).unsqueeze(2).unbind(1)  # (B, 1, C)
-        x = torch.addcmul(x, gate1, self.attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), grid, group))
-        return torch.addcmul(
-            x, gate2, self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2), grid, group)
-        )
+        x = torch.addcmul(x, gate1, self.attn(modulated(self.norm1, x, shift1, scale1), grid, group))
+        return torch.addcmul(x, gate2, self.mlp(modulated(self.norm2, x, shift2, scale2), grid, group))
+
+
+# Tokens of an image from which on a layer norm for each image is cheaper than one for all and its modulation, on a CPU.
+MANY = 128
+
+
+def modulated(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) (1 + scale) + shift for x (B, N, C), shift and scale (B, 1, C).
+
+    Of one image that is a layer norm with these as weights, which writes and keeps nothing else as long as the sequence: on a
+    CPU a third of the time at 4096 tokens, forward and backward.
+    """
+    alone = x.device.type == "cpu" and x.shape[1] >= MANY and x.dtype == shift.dtype
+    if not alone or torch.compiler.is_compiling():
+        return torch.addcmul(shift, norm(x), 1 + scale)
+    size, weight = norm.normalized_shape, 1 + scale
+    if len(x) == 1:
+        return F.layer_norm(x, size, weight[0, 0], shift[0, 0], norm.eps)
+    images = zip(x.unbind(), weight[:, 0].unbind(), shift[:, 0].unbind(), strict=True)
+    return torch.stack([F.layer_norm(image, size, a, b, norm.eps) for image, a, b in images])
 
 
 class HybridDiT(OnCPU, ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -208,9 +227,10 @@ class HybridDiT(OnCPU, ModelMixin, ConfigMixin, PeftAdapterMixin):
         if height % size or width % size:
             raise ValueError(f"HybridDiT: height and width must be multiples of {size}, got {height}x{width}")
         grid = height // size, width // size
-        x = self.patch(hidden_states).flatten(2).transpose(1, 2)  # (B, N, C)
+        # (B, N, C), also in memory: every sum in the blocks has the strides of its first term
+        x = self.patch(hidden_states).flatten(2).transpose(1, 2).contiguous()
         x = x + self._positions(grid, x)
-        condition = nn.functional.silu(self._condition(timestep, class_labels, batch, x))
+        condition = F.silu(self._condition(timestep, class_labels, batch, x))
         given = condition if self.shared is None else self.shared(condition).unflatten(1, (6, -1))
         group = group_of(self)
         for block in self.blocks:
@@ -219,7 +239,7 @@ class HybridDiT(OnCPU, ModelMixin, ConfigMixin, PeftAdapterMixin):
             else:
                 x = block(x, given, grid, group)
         shift, scale = self.modulation(condition).to(x.dtype).unsqueeze(1).chunk(2, dim=2)
-        x = self.head(torch.addcmul(shift, self.norm(x), 1 + scale))  # (B, N, size * size * C_out)
+        x = self.head(modulated(self.norm, x, shift, scale))  # (B, N, size * size * C_out)
         x = x.view(batch, *grid, size, size, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         x = x.reshape(batch, self.out_channels, height, width)
         return Transformer2DModelOutput(sample=x) if return_dict else (x,)
