@@ -49,24 +49,32 @@ def _planes(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, RADIX)).movedim(-1, 0)
 
 
-def _cut(x: Tensor, out: Tensor) -> Tensor:
-    """(..., L) -> `out` (RADIX, ..., n), zeros at the end."""
+def _pieces(x: Tensor, *planes: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of (..., L) and of what is (RADIX, ..., n), of one shape: whole blocks, then the tokens that fill none."""
     rest = x.shape[-1] % RADIX
     whole = x.shape[-1] - rest
-    out[..., : whole // RADIX] = _planes(x[..., :whole])
+    yield _planes(x[..., :whole]), *(each[..., : whole // RADIX] for each in planes)
     if rest:
-        out[:rest, ..., -1] = x[..., whole:].movedim(-1, 0)
-        out[rest:, ..., -1] = 0
+        yield x[..., whole:].movedim(-1, 0)[..., None], *(each[:rest, ..., -1:] for each in planes)
+
+
+def _rest(x: Tensor, length: int) -> Tensor:
+    """The part of planes (RADIX, ..., n) that is no token."""
+    return x[length % RADIX or RADIX :, ..., -1]
+
+
+def _cut(x: Tensor, out: Tensor) -> Tensor:
+    """(..., L) -> `out` (RADIX, ..., n), zeros at the end."""
+    for tokens, planes in _pieces(x, out):
+        planes.copy_(tokens)
+    _rest(out, x.shape[-1]).zero_()
     return out
 
 
 def _join(x: Tensor, out: Tensor) -> None:
     """(RADIX, ..., n) -> `out` (..., L)."""
-    rest = out.shape[-1] % RADIX
-    whole = out.shape[-1] - rest
-    _planes(out[..., :whole]).copy_(x[..., : whole // RADIX])
-    if rest:
-        out[..., whole:] = x[:rest, ..., -1].movedim(0, -1)
+    for tokens, planes in _pieces(out, x):
+        tokens.copy_(planes)
 
 
 def _steps_(decays: Sequence[Tensor], states: Sequence[Tensor], products: bool) -> None:
@@ -132,34 +140,30 @@ def _carried(decay: Tensor, h: Tensor, reverse: bool, out: Tensor) -> Tensor:
 
 
 class Chunk:
-    """Some rows of the batch and some channels of one group: `step` and `entering` (step u) as planes (RADIX, b, c, n)."""
+    """Some rows of the batch and some channels of one group: `step` and `entering` (step u) as planes (RADIX, b, c, n).
 
-    def __init__(self, space, group, rows, own, u, delta, A, B, delta_bias, delta_softplus):
+    `spent`: they are read once, and decays and states of a single state may take their place.
+    """
+
+    def __init__(self, space, group, rows, own, u, delta, A, B, delta_bias, delta_softplus, *, spent=False):
         self.space = space
         u, delta = u[rows, own], delta[rows, own]
         length, n, self.N = u.shape[2], ceil(u.shape[2] / RADIX), A.shape[1]
         self.shape = (RADIX, *u.shape[:2], n)
-        self.u = u
-        flat = (*u.shape[:2], n * RADIX)
-        step, entering = space("flat step", flat), space("flat entering", flat)
-        here = step[..., :length]
-        if delta_bias is None:
-            here.copy_(delta)
-        else:
-            torch.add(delta, delta_bias[own, None].to(step), out=here)
-        # Decay 1 and input 0: what fills the last block passes the state through.
+        self.u, self.spent = u, spent and self.N == 1
+        self.step, self.entering = step, entering = space("step", self.shape), space("entering", self.shape)
+        bias = step.new_zeros(()) if delta_bias is None else delta_bias[own, None].to(step)
+        for tokens, planes in _pieces(delta, step):
+            torch.add(tokens, bias, out=planes)
         if delta_softplus:
             # log(1 + e^x), and x where they agree; entering's memory is free so far.
             soft = torch.mul(step, log2(e), out=entering).clamp_(max=LINEAR).exp2_().log1p_()
             torch.maximum(step, soft, out=step)
-        step[..., length:] = 0
-        torch.mul(here, u, out=entering[..., :length])
-        entering[..., length:] = 0
-        self.step, self.entering = _planes(step), _planes(entering)
-        if self.N > 1:
-            # Read once a state.
-            self.step = space("step", self.shape).copy_(self.step)
-            self.entering = space("entering", self.shape).copy_(self.entering)
+        for tokens, steps, planes in _pieces(u, step, entering):
+            torch.mul(steps, tokens, out=planes)
+        # Decay 1 and input 0: what fills the last block passes the state through.
+        _rest(step, length).zero_()
+        _rest(entering, length).zero_()
         self.A = A[own].to(step).t()[:, None, :, None]  # (N, 1, c, 1)
         self.B = self.grouped(B[rows, group], "B")
 
@@ -178,11 +182,14 @@ class Chunk:
         return self.space(name, (RADIX, states.stop - states.start, *self.shape[1:]))
 
     def decay(self, states: slice) -> Tensor:
-        return torch.mul(self.step[:, None], self.A[states] * log2(e), out=self.wide("decay", states)).exp2_()
+        step = self.step[:, None]
+        out = step if self.spent else self.wide("decay", states)
+        return torch.mul(step, self.A[states] * log2(e), out=out).exp2_()
 
     def states(self, decay: Tensor, states: slice, reverse: bool) -> Tensor:
         """(RADIX, states, b, c, n); uses `decay` up."""
-        h = torch.mul(self.entering[:, None], self.B[:, states], out=self.wide("h", states))
+        entering = self.entering[:, None]
+        h = torch.mul(entering, self.B[:, states], out=entering if self.spent else self.wide("h", states))
         return _scan_planes_(decay, h, reverse)
 
 
@@ -212,7 +219,7 @@ def scan(
 ) -> Tensor:
     out, space = ops.result(u, A, C), Space(u)
     for group, rows, own in _chunks(u, B):
-        chunk = Chunk(space, group, rows, own, u, delta, A, B, delta_bias, delta_softplus)
+        chunk = Chunk(space, group, rows, own, u, delta, A, B, delta_bias, delta_softplus, spent=True)
         if C is not None:
             y, C_cut = space("y", chunk.shape).zero_(), chunk.grouped(C[rows, group], "C")
         for states in chunk.pieces():
@@ -290,11 +297,6 @@ def scan_backward(
     sums = zip((dA, dB, dC, dD, dbias), (A, B, C, D, delta_bias), strict=True)
     dA, dB, dC, dD, dbias = (total if x is None else total.to(x.dtype) for total, x in sums)
     return du, ddelta, dA, dB, dC, dD, dbias
-
-
-def _rest(x: Tensor, length: int) -> Tensor:
-    """The part of planes (RADIX, ..., n) that is no token."""
-    return x[length % RADIX or RADIX :, ..., -1]
 
 
 def _add(total: Tensor, x: Tensor) -> None:
