@@ -128,6 +128,20 @@ def test_channel_attention_conv():
     block = ChannelAttentionConv(180, 60, 6)
     block.load_state_dict({k.removeprefix("conv."): v for k, v in rename(state, BLOCK_RULES).items()})
     case.check("out", block(case.input("x"))[:, ::4])
+    with torch.no_grad():  # the gate inside the weights
+        out = block.onto(torch.zeros_like(case.input("x")), case.input("x"), 1.0)
+    case.check("out", out[:, ::4])
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 5, 7), (3, 1, 4), (1, 6, 1)])
+def test_convolution_added_to_the_stream(size):
+    """At inference the gate comes from sums before the convolution it gates, borders included."""
+    block = ChannelAttentionConv(12, 4, 3).double()
+    stream, x = torch.randn(2, size[0], 12, *size[1:], dtype=torch.float64)
+    want = stream + 0.5 * block(x)
+    torch.testing.assert_close(block.onto(stream, x, 0.5), want)
+    with torch.no_grad():
+        torch.testing.assert_close(block.onto(stream, x, 0.5), want)
 
 
 def test_parameter_counts():
@@ -201,11 +215,30 @@ def test_large_activations_stay_finite(dtype):
     model.groups[0].overlap.register_forward_hook(lambda m, i, o: streams.append(o))
     want = model(x)
     assert streams[0].abs().max() > 65504
-    with torch.autocast("cpu", dtype):
-        out = model(x)
-    assert streams[1].dtype == torch.float32
-    assert torch.isfinite(out).all()
-    assert ((out - want).norm() / want.norm()).item() < 0.1
+    for grad in (True, False):
+        with torch.autocast("cpu", dtype), torch.set_grad_enabled(grad):
+            out = model(x)
+        # bfloat16 has float32's range
+        assert streams.pop().dtype == (torch.float32 if grad or dtype == torch.float16 else dtype)
+        assert torch.isfinite(out).all()
+        assert ((out - want).norm() / want.norm()).item() < 0.1
+
+
+def test_bfloat16_errs_no_more_than_the_peer():
+    """Our stream is bfloat16 within a group and float32 over groups, the peer's bfloat16 throughout."""
+    ours, theirs = [], []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        peer = spandrel_model(upscale=2, depths=(6, 6, 6), num_heads=(2, 2, 2)).eval()
+        for p in peer.parameters():
+            torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.2)
+        model, x = visionhybrid.load(peer.state_dict()), torch.rand(1, 3, 16, 16)
+        with torch.inference_mode():
+            want = peer(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                ours.append(((model(x) - want).norm() / want.norm()).item())
+                theirs.append(((peer(x) - want).norm() / want.norm()).item())
+    assert sum(ours) < 1.1 * sum(theirs)
 
 
 # ---- training

@@ -60,9 +60,7 @@ def attention_in_bands(
             if attend is None:
                 head_dim = qkv.shape[5]
                 attend = Rows(grid, qkv, qkv, head_dim**-0.5 if scale is None else scale)
-            # Autocast would round the float32 sums of float16.
-            with torch.autocast("cpu", enabled=False):
-                attended = attend(row, *qkv.unbind(3)).to(qkv.dtype)  # (columns, N, heads, D)
+            attended = attend(row, *qkv.unbind(3)).to(qkv.dtype)  # (columns, N, heads, D)
             pixels = after(attended.reshape(1, window_size, -1, num_heads * head_dim))
             if out is None:
                 out = pixels.new_empty(*x.shape[:3], pixels.shape[3])

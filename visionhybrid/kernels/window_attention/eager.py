@@ -137,11 +137,12 @@ class Rows:
         self.v.copy_(v)
         for span, weights, a, b, values, sums in self.runs:
             self.grid.logits(weights, row, span, a, b, self.scale)
-            if self.grid.masked(row, span):
+            masked = self.grid.masked(weights, row, span)
+            if len(masked):
                 # Between pieces exp2 would give subnormal numbers, which processors are slow with.
-                weights.clamp_(min=SMALLEST)
+                masked.clamp_(min=SMALLEST)
             self._multiply(torch.exp2(weights, out=weights), values, sums)
-        low, high = torch.aminmax(self.norm)
+        low, high = (t.item() for t in torch.aminmax(self.norm))
         if not (low > SAFE[0] and high < SAFE[1]):
             self._carefully(row, lse)
         elif lse is not None:

@@ -67,31 +67,34 @@ class Grid:
             return dict.fromkeys(ends, base)
         edges = (masks(self.window, self.shift, device, self.wide) * LOG2E).to(self.dtype)
         inside = edges.new_zeros(()).expand(self.shape) if base is None else base
-        return {end: inside + edges[int(end[0]), int(end[1])] if any(end) else base for end in ends}
+        return {end: inside + edges[int(end[0]), int(end[1])] if any(end) else inside for end in ends}
 
     def spans(self) -> Iterator[slice]:
-        """Runs of columns to do together: within `BUDGET`, and the last by itself where its constant is another."""
+        """Runs of columns to do together, within `BUDGET`."""
         heads, queries, keys = self.shape
         step = max(1, BUDGET // (heads * queries * keys * self.dtype.itemsize))
-        last = self.columns - 1 if self.shift[1] else self.columns
-        for first in range(0, last, step):
-            yield slice(first, min(first + step, last))
-        if last < self.columns:
-            yield slice(last, self.columns)
+        for first in range(0, self.columns, step):
+            yield slice(first, min(first + step, self.columns))
 
-    def masked(self, row: int, span: slice) -> bool:
-        """Whether windows of this run hold pieces from opposite borders."""
-        down, across = row == self.rows - 1, span.stop == self.columns
-        return (down and self.shift[0] > 0) or (across and self.shift[1] > 0)
+    def masked(self, weights: Tensor, row: int, span: slice) -> Tensor:
+        """The part of a run's weights whose windows hold pieces from opposite borders."""
+        if self.shift[0] and row == self.rows - 1:
+            return weights
+        first = len(weights) - self.shape[0] if self.shift[1] and span.stop == self.columns else len(weights)
+        return weights[first:]
 
     def logits(self, out: Tensor, row: int, span: slice, q: Tensor, k: Tensor, scale: float = 1.0) -> Tensor:
         """Base-2 logits of a run of windows, (columns * heads, ...), into `out`; `scale` of the product. Keys first: swap q, k."""
-        constant = self.constants[row == self.rows - 1, span.stop == self.columns]
+        down = row == self.rows - 1
+        constant = self.constants[down, False]
+        last = self.constants[down, True] if span.stop == self.columns else constant
         if constant is None:
             return torch.baddbmm(out, q, k.transpose(1, 2), beta=0, alpha=scale, out=out)
         if len(out) == self.shape[0]:
-            return torch.baddbmm(constant, q, k.transpose(1, 2), alpha=scale, out=out)
-        out.unflatten(0, (-1, self.shape[0])).copy_(constant)
+            return torch.baddbmm(last, q, k.transpose(1, 2), alpha=scale, out=out)
+        windows = out.unflatten(0, (-1, self.shape[0]))
+        windows[:-1].copy_(constant)
+        windows[-1].copy_(last)
         return out.baddbmm_(q, k.transpose(1, 2), alpha=scale)
 
     def band(self, t: Tensor, row: int, size: Pair) -> Tensor:

@@ -17,10 +17,10 @@ never holds more than a window's weights; the residual stream stays in float32 u
 Published PSNR on Y, Urban100 x4: HAT-S 27.87, HAT 27.97, with ImageNet pre-training HAT 28.37, HAT-L 28.60.
 """
 
+from visionhybrid.models.hat.conv import ChannelAttentionConv
 from visionhybrid.models.hat.model import (
     HAT,
     RGB_MEAN,
-    ChannelAttentionConv,
     Group,
     HybridBlock,
     OverlapBlock,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,14 +48,21 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
+    def ready(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """This layer as a function for many calls in `dtype` where no graph is made: what depends on weights is done once."""
+        weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
+        if not _fuses(dtype):
+            return lambda x: linear(x, weight, bias)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
+
 
 class LayerNorm(nn.LayerNorm):
     """Layer norm of a stream that may be wider than the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(
-            x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
-        )
+        # Weights wider than the stream (autocast) stay so.
+        weight, bias = (p.to(torch.promote_types(p.dtype, x.dtype)) for p in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class StreamConv(nn.Conv2d):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from visionhybrid.kernels.window_attention import window_attention
 from visionhybrid.kernels.window_attention.bands import attention_in_bands, suits
-from visionhybrid.models.hat.layers import LayerNorm, Linear, StreamConv, accumulate, gelu_of_linear, linear
+from visionhybrid.models.hat.conv import ChannelAttentionConv
+from visionhybrid.models.hat.layers import LayerNorm, Linear, StreamConv, accumulate, gelu_of_linear
 from visionhybrid.models.restorer import Restorer, working_dtype
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, as EDSR's authors measured it
@@ -60,19 +61,20 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """`onto`: a map to add the result to, in place where nothing is recorded."""
         if self.key_window_size == self.window_size and suits(x):
-            # Cast once: autocast would do it for every row of windows.
-            weight, bias = (None if p is None else p.to(x.dtype) for p in (self.qkv.weight, self.qkv.bias))
-            return attention_in_bands(
-                x,
-                lambda y: linear(y, weight, bias),
-                lambda y: self.drop(self.proj(y)),
-                self.bias(),
-                num_heads=self.num_heads,
-                window_size=self.window_size,
-                shift=self.shift,
-                scale=self.scale,
-                onto=onto,
-            )
+            before, after = self.qkv.ready(x.dtype), self.proj.ready(x.dtype)
+            # Weights are cast once; autocast would do it for every row of windows, and round the float32 sums of float16.
+            with torch.autocast("cpu", enabled=False):
+                return attention_in_bands(
+                    x,
+                    before,
+                    lambda y: self.drop(after(y)),
+                    self.bias(),
+                    num_heads=self.num_heads,
+                    window_size=self.window_size,
+                    shift=self.shift,
+                    scale=self.scale,
+                    onto=onto,
+                )
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, H, W, 3, heads, D)
         out = window_attention(
             *qkv.unbind(3),
@@ -84,27 +86,6 @@ class WindowAttention(nn.Module):
         )
         out = self.drop(self.proj(out.flatten(3)))
         return out if onto is None else accumulate(onto, out)
-
-
-class ChannelAttentionConv(nn.Module):
-    """The convolution branch: narrow 3x3 pair, then a gate per channel from the image's mean. (B, C, H, W) -> same."""
-
-    def __init__(self, dim: int, conv_dim: int, gate_dim: int, **dd: Any) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(dim, conv_dim, 3, padding=1, **dd)
-        self.conv2 = nn.Conv2d(conv_dim, dim, 3, padding=1, **dd)
-        self.fc1 = nn.Conv2d(dim, gate_dim, 1, **dd)
-        self.fc2 = nn.Conv2d(gate_dim, dim, 1, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, gate = self.parts(x)
-        return x * gate
-
-    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The map and its gate, (B, C, 1, 1), whose product is the result."""
-        x = self.conv2(F.gelu(self.conv1(x)))
-        mean = x.mean((2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
-        return x, self.fc2(F.relu(self.fc1(mean))).sigmoid()
 
 
 class Mlp(nn.Module):
@@ -152,8 +133,7 @@ class HybridBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kind = working_dtype(x, self.mixer.qkv.weight)
         n = self.norm1(x).to(kind)
-        conv, gate = (t.permute(0, 2, 3, 1) for t in self.conv.parts(n.permute(0, 3, 1, 2)))
-        x = torch.addcmul(x, conv, gate.to(x.dtype), value=self.conv_scale)
+        x = self.conv.onto(x.permute(0, 3, 1, 2), n.permute(0, 3, 1, 2), self.conv_scale).permute(0, 2, 3, 1)
         # `x` is this block's own memory from here on.
         x = accumulate(x, self.drop_path(self.mixer(n))) if self.training else self.mixer(n, onto=x)
         return accumulate(x, self.drop_path(self.mlp(self.norm2(x).to(kind))))
@@ -195,7 +175,11 @@ class OverlapBlock(nn.Module):
 
 
 class Group(nn.Module):
-    """RHAG: blocks, the overlapping block, a convolution, a skip. (B, C, H, W) -> same."""
+    """RHAG: blocks, the overlapping block, a convolution, a skip. (B, C, H, W) -> same.
+
+    Where no graph is made and products run in bfloat16, so does the stream inside a group: the convolution rounds it anyway, and
+    the sum over groups stays in float32. On photographs it errs no more than the authors' layout, which has no wide sum at all.
+    """
 
     def __init__(self, dim: int, *, blocks: Sequence[Any], overlap: Any, conv: bool, **dd: Any) -> None:
         super().__init__()
@@ -205,6 +189,8 @@ class Group(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         t = x.permute(0, 2, 3, 1)
+        if not torch.is_grad_enabled() and working_dtype(x, self.overlap.mixer.qkv.weight) == torch.bfloat16:
+            t = t.to(torch.bfloat16)
         for block in self.blocks:
             t = block(t)
         return x + self.conv(self.overlap(t).permute(0, 3, 1, 2))
