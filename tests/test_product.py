@@ -69,6 +69,16 @@ def test_strided_operands_and_sums_in_place(used):
     assert used
 
 
+def test_a_backward_pass_under_autocast_keeps_the_type(used):
+    x, weight, _ = operands(6, 4, outs=5, bias=False)
+    out = linear(x, weight, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        (got,) = torch.autograd.grad(out, weight, torch.ones_like(out))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, x.sum(0).expand(5, 4))
+    assert len(used) == 3
+
+
 def test_only_wanted_gradients_are_computed(used):
     x, weight, _ = operands(6, 4, outs=5, bias=False)
     linear(x.detach(), weight, None).sum().backward()

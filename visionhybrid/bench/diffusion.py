@@ -21,6 +21,9 @@ from visionhybrid.bench.harness import Case, Runner, Target
 PARTS = ("unet", "train")
 # side of the image in pixels -> (fp32, bf16) share of diffusers' time: 1 / 1.7, 1 / 2.1; 1 / 4.1, 1 / 5
 UNET_LIMITS = {512: None, 1024: (1 / 1.7, 1 / 2.1), 2048: (1 / 4.1, 1 / 5)}
+# runner -> hidden width of LinFusion's two networks over that of the model: the default, as published for SD 1.5 and 2.1, and
+# as published for SDXL
+WIDTHS = {"linfusion": 1, "linfusion, SDXL's width": 1 / 16}
 S2 = dict(num_layers=12, num_attention_heads=6, attention_head_dim=64, patch_size=2)  # DiT-S/2
 
 
@@ -59,21 +62,16 @@ def _unets(quick: bool) -> list[Case]:
 
 def _training(quick: bool) -> list[Case]:
     rounds = dict(rounds=2 if quick else 5, judged=not quick)
+    few = {**rounds, "rounds": 2 if quick else 3}
     small, large = (8, 16) if quick else (32, 128)
-    return [
+    third = tuple(Target(runner=name, what="time", limit=1 / 3) for name in WIDTHS)
+    found = [
         Case(
             name="train_s2_softmax",
             title=f"HybridDiT-S/2 beside DiTTransformer2DModel, 4 latents of {small}x{small}, training step",
             build=partial(_dit, small, 4, quick),
             targets=(Target(runner="HybridDiT", what="time", limit=1.0),),
             **rounds,
-        ),
-        Case(
-            name="train_s2_linfusion",
-            title=f"HybridDiT-S/2, linfusion beside softmax, {(large // 2) ** 2} tokens, training step",
-            build=partial(_mixed_dits, large, quick),
-            targets=(Target(runner="linfusion", what="time", limit=1 / 3),),
-            **{**rounds, "rounds": 2 if quick else 3},
         ),
         Case(
             name="train_s2_distil",
@@ -83,6 +81,17 @@ def _training(quick: bool) -> list[Case]:
             **rounds,
         ),
     ]
+    for dtype, kind in ((torch.float32, "fp32"), (torch.bfloat16, "bf16 autocast")):
+        found.append(
+            Case(
+                name=f"train_s2_linfusion_{kind[:4]}",
+                title=f"HybridDiT-S/2, linfusion beside softmax, {(large // 2) ** 2} tokens, training step, {kind}",
+                build=partial(_mixed_dits, large, dtype, quick),
+                targets=third,
+                **few,
+            )
+        )
+    return found
 
 
 def _shape_only(x: Tensor) -> Callable[[], Tensor]:
@@ -130,17 +139,25 @@ def _step(
     return run
 
 
-def _trainer(name: str, net: nn.Module, x: Tensor, noise: Tensor) -> Runner:
+def _trainer(
+    name: str, net: nn.Module, x: Tensor, noise: Tensor, dtype: torch.dtype = torch.float32
+) -> Runner:
+    """A step of AdamW; below float32 under autocast, with the weights in float32, as one trains."""
     time, label = torch.full((len(x),), 300.0), torch.zeros(len(x), dtype=torch.long)
 
     def loss() -> Tensor:
-        out = net(x, timestep=time, class_labels=label, return_dict=False)[0]
-        return F.mse_loss(out[:, : x.shape[1]], noise)
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            out = net(x, timestep=time, class_labels=label, return_dict=False)[0]
+        return F.mse_loss(out[:, : x.shape[1]].float(), noise)
 
     net.train()
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-4)
     return Runner(
-        name=name, run=_step(net, loss, optimiser), output=_shape_only(x), holds=(net, optimiser, x)
+        name=name,
+        run=_step(net, loss, optimiser),
+        output=_shape_only(x),
+        holds=(net, optimiser, x),
+        dtype=dtype,
     )
 
 
@@ -169,9 +186,14 @@ def _dit(size: int, batch: int, quick: bool, device: torch.device) -> list[Runne
     ]
 
 
-def _mixed_dits(size: int, quick: bool, device: torch.device) -> list[Runner]:
+def _mixed_dits(size: int, dtype: torch.dtype, quick: bool, device: torch.device) -> list[Runner]:
     x, noise = _latents(size, 1)
-    return [_trainer(name, _hybrid(size, quick, mixer=name), x, noise) for name in ("softmax", "linfusion")]
+    dim = _options(quick)["num_attention_heads"] * _options(quick)["attention_head_dim"]
+    nets = {"softmax": _hybrid(size, quick, mixer="softmax")}
+    for name, width in WIDTHS.items():
+        options = {"linfusion": {"mid_dim": max(1, int(dim * width))}}
+        nets[name] = _hybrid(size, quick, mixer="linfusion", mixer_options=options)
+    return [_trainer(name, net, x, noise, dtype) for name, net in nets.items()]
 
 
 def _distillation(size: int, batch: int, quick: bool, device: torch.device) -> Sequence[Runner]:

@@ -67,9 +67,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        # `linear` again, which differentiates where a graph of the gradient is asked for.
-        dx = linear(grad, weight.mT, None) if wanted[0] else None
-        dweight = linear(grad.mT, x.mT, None) if wanted[1] else None
+        # In the type of the forward pass, as PyTorch's own, even if autocast is on meanwhile. By `linear` again, which
+        # differentiates where a graph of the gradient is asked for.
+        with torch.autocast("cpu", enabled=False):
+            dx = linear(grad, weight.mT, None) if wanted[0] else None
+            dweight = linear(grad.mT, x.mT, None) if wanted[1] else None
         return dx, dweight, grad.sum(0) if wanted[2] else None
 
 
