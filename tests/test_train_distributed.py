@@ -34,17 +34,18 @@ if __name__ == "__main__":
         # accelerate offers FSDP only where it sees accelerators; torch's own works with gloo
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    {call}({config}, sys.argv[1], progress=False)
+    out = sys.argv[1]
+    {calls}
 """
 
 
-def launch(out: Path, config: str, call: str = "run", **environment: str) -> None:
-    """What `accelerate launch` does: two processes that find each other by environment variables."""
+def launch(out: Path, calls: str, **environment: str) -> None:
+    """What `accelerate launch` does: two processes that find each other by environment variables. They make the `calls`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     script = out.parent / f"{out.name}.py"
-    script.write_text(textwrap.dedent(CODE).format(config=config, call=call))
+    script.write_text(textwrap.dedent(CODE).format(calls=calls))
     shared = {
         **os.environ,
         "PYTHONPATH": str(HERE),
@@ -85,18 +86,22 @@ def weights(out: Path, name: str = "model") -> torch.Tensor:
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The folder of the run by one process."""
+    out = tmp_path_factory.mktemp("alone")
+    run(eval(EXACT, {"toy": toy}), out, progress=False)
+    return out
+
+
 @pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp2"])
-def test_two_processes_are_one(tmp_path, environment):
-    config = eval(EXACT, {"toy": toy})
-    run(config, tmp_path / "one", progress=False)
-    launch(tmp_path / "two", EXACT, **environment)
+def test_two_processes_are_one(tmp_path, environment, alone):
+    launch(tmp_path / "two", f"run({EXACT}, out, progress=False)", **environment)
     for name in ("loss", "grad_norm", "order"):
-        torch.testing.assert_close(
-            series(tmp_path / "two", name), series(tmp_path / "one", name), rtol=1e-4, atol=1e-6
-        )
+        torch.testing.assert_close(series(tmp_path / "two", name), series(alone, name), rtol=1e-4, atol=1e-6)
     for name in ("model", "ema", "optimizer"):
         torch.testing.assert_close(
-            weights(tmp_path / "two", name), weights(tmp_path / "one", name), rtol=1e-3, atol=1e-5
+            weights(tmp_path / "two", name), weights(alone, name), rtol=1e-3, atol=1e-5
         )
     found = json.loads((tmp_path / "two" / "environment.json").read_text())
     expected = (2, "FSDP", True) if environment else (2, "MULTI_CPU", False)
@@ -104,8 +109,8 @@ def test_two_processes_are_one(tmp_path, environment):
     # a checkpoint of two processes is continued by one, with the same global batches
     path = tmp_path / "two" / "checkpoints" / "step_00000008"
     state.shutil.rmtree(path)
-    run(config, tmp_path / "two", progress=False)
-    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-3, atol=1e-5)
+    run(eval(EXACT, {"toy": toy}), tmp_path / "two", progress=False)
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(alone), rtol=1e-3, atol=1e-5)
 
 
 SMALL = (
@@ -114,21 +119,32 @@ SMALL = (
 SMALL += ", 'loop.log_every=1', 'loop.tensorboard=false', 'loop.validate_every=4', 'sampling.steps=1', 'sampling.each=1'"
 
 
+TEACHER = f"override(find('hybrid_dit_digits'), [{SMALL}])"
+STUDENT = "override(find('hybrid_dit_digits_linfusion'), [{small}, 'alone.steps=4', 'whole.steps=3', 'teacher={teacher}'])"
+GRAFT = (
+    """run({teacher}, out + "/teacher", progress=False); graft({student}, out + "/graft", progress=False)"""
+)
+
+
+@pytest.fixture(scope="module")
+def grafted_alone(tmp_path_factory):
+    """A generator and its graft by one process: their folder, the graft's recipe and its report."""
+    out, known = tmp_path_factory.mktemp("grafted"), {"find": find, "override": override}
+    run(eval(TEACHER, known), out / "teacher", progress=False)
+    student = STUDENT.format(small=SMALL, teacher=out / "teacher")
+    return out, student, graft(eval(student, known), out / "graft", progress=False)
+
+
 @pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp2"])
-def test_two_processes_train_and_graft_a_generator_as_one(tmp_path, environment):
-    teacher = f"override(find('hybrid_dit_digits'), [{SMALL}])"
-    run(eval(teacher, {"find": find, "override": override}), tmp_path / "teacher", progress=False)
-    launch(tmp_path / "teacher2", teacher, **environment)
-    losses = [series(tmp_path / name, "loss") for name in ("teacher", "teacher2")]
-    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
-    words = f"[{SMALL}, 'alone.steps=4', 'whole.steps=3', 'teacher={tmp_path / 'teacher'}']"
-    config = f"override(find('hybrid_dit_digits_linfusion'), {words})"
-    one = graft(eval(config, {"find": find, "override": override}), tmp_path / "graft", progress=False)
-    launch(tmp_path / "graft2", config, call="graft", **environment)
-    for phase in ("alone", "whole"):
-        losses = [series(tmp_path / name / phase, "loss") for name in ("graft", "graft2")]
-        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-5)
-    two = json.loads((tmp_path / "graft2" / "report.json").read_text())
-    assert [layer["name"] for layer in two["layers"]] == [layer.name for layer in one.layers]
-    assert two["student"]["distance"] == pytest.approx(one.student["distance"], rel=0.02)
-    assert (tmp_path / "graft2" / "whole" / "pipeline" / "model_index.json").is_file()
+def test_two_processes_train_and_graft_a_generator_as_one(tmp_path, environment, grafted_alone):
+    one, student, report = grafted_alone
+    two = tmp_path / "two"
+    launch(two, GRAFT.format(teacher=TEACHER, student=student), **environment)
+    for part, rtol in (("teacher", 1e-4), ("graft/alone", 1e-3), ("graft/whole", 1e-3)):
+        torch.testing.assert_close(
+            series(two / part, "loss"), series(one / part, "loss"), rtol=rtol, atol=1e-2 * rtol
+        )
+    found = json.loads((two / "graft" / "report.json").read_text())
+    assert [layer["name"] for layer in found["layers"]] == [layer.name for layer in report.layers]
+    assert found["student"]["distance"] == pytest.approx(report.student["distance"], rel=0.02)
+    assert (two / "graft" / "whole" / "pipeline" / "model_index.json").is_file()
