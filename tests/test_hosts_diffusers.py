@@ -206,6 +206,11 @@ def test_rules_need_a_size():
     unet = tiny.unet(sample_size=None)
     with pytest.raises(ValueError, match="give sample_size="):
         visionhybrid.attach(unet, "linfusion", layers="tokens > 64")
+    for size in (-3, (4, 16, 8), ()):
+        with pytest.raises(
+            ValueError, match="sample_size of UNet2DConditionModel is 2 positive numbers, got"
+        ):
+            visionhybrid.attach(unet, "linfusion", sample_size=size)
     report = visionhybrid.attach(unet, "linfusion", layers="tokens > 64", sample_size=(16, 8))
     assert [row.tokens for row in report.mixed] == [128, 128, 128]
 

@@ -29,7 +29,7 @@ from torch import nn
 
 from visionhybrid import mixers
 from visionhybrid.hosts.diffusers import core, published
-from visionhybrid.hosts.diffusers.family import SampleSize, as_pair, family_of
+from visionhybrid.hosts.diffusers.family import as_pair, family_of
 from visionhybrid.hosts.layers import Layer, Selector, choose
 from visionhybrid.hosts.plan import Mixers, plan
 from visionhybrid.hosts.report import Report, Row
@@ -52,14 +52,13 @@ def attach(
     **options: Any,
 ) -> Report:
     """See `visionhybrid.attach`."""
-    size = as_pair(sample_size)
     work = []
     if weights is not None and len(list(_denoisers(model))) > 1:
         raise ValueError(
             "attach: weights are one model's; attach to each of this pipeline's transformers by itself"
         )
     for denoiser in _denoisers(model):
-        found = _marked(denoiser, size)
+        found = _marked(denoiser, sample_size)
         given = None if weights is None else published.read(weights, mixer, found, options, denoiser)
         if given is None:
             work.append((denoiser, plan(found, mixer, layers, options), {}, "", {}))
@@ -99,15 +98,14 @@ def describe(model: Any, *, sample_size: int | tuple[int, ...] | None = None) ->
     for denoiser in _denoisers(model):
         names.append(type(denoiser).__name__)
         held = core.state_of(denoiser).layers
-        for layer in core.family(denoiser).layers(denoiser, as_pair(sample_size)):
+        for layer in _layers(denoiser, sample_size):
             rows.append(_row(layer, held.get(layer.name)))
     return Report(", ".join(names), rows)
 
 
 def attention(model: Any, sample_size: int | tuple[int, ...] | None = None) -> list[Layer]:
     """See `visionhybrid.hosts`."""
-    size = as_pair(sample_size)
-    return [layer for denoiser in _denoisers(model) for layer in core.family(denoiser).layers(denoiser, size)]
+    return [layer for denoiser in _denoisers(model) for layer in _layers(denoiser, sample_size)]
 
 
 def _denoisers(model: Any) -> Iterator[nn.Module]:
@@ -132,14 +130,26 @@ def _refresh(model: Any) -> None:
                 setattr(model, name, getattr(model, name))
 
 
-def _marked(model: nn.Module, size: SampleSize) -> list[Layer]:
+def _layers(model: nn.Module, sample_size: int | tuple[int, ...] | None) -> list[Layer]:
+    """The model's layers at a caller's size, or its config's."""
+    size = as_pair(sample_size)
+    layers = core.family(model).layers(model, size)
+    axes = max((layer.axes for layer in layers), default=2)
+    if size is not None and (len(size) != axes or min(size) < 1):
+        raise ValueError(
+            f"attach: sample_size of {type(model).__name__} is {axes} positive numbers, got {size}"
+        )
+    return layers
+
+
+def _marked(model: nn.Module, size: int | tuple[int, ...] | None) -> list[Layer]:
     """The model's layers; those that have a mixer already cannot get another."""
     held = core.state_of(model).layers
     return [
         replace(layer, reason=f"it has a mixer, {held[layer.name].mixer}; detach it first")
         if layer.name in held
         else layer
-        for layer in core.family(model).layers(model, size)
+        for layer in _layers(model, size)
     ]
 
 

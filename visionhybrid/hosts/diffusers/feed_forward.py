@@ -8,7 +8,6 @@ hidden layer about as large as the mixer's q, k, v and output, at any size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from diffusers.models.attention import FeedForward
@@ -28,13 +27,14 @@ def in_pieces(run: Callable[[Tensor], Tensor], x: Tensor, count: int) -> Tensor:
     """
     if count == 1:
         return run(x)
-    size, out = -(-x.shape[1] // count), None
-    for i in range(count):
-        part = run(x[:, i * size : (i + 1) * size])
-        if out is None:
-            out = part.new_empty(*x.shape[:2], part.shape[2])
-        out[:, i * size : (i + 1) * size] = part
-    return cast(Tensor, out)
+    size = -(-x.shape[1] // count)
+    first = run(x[:, :size])
+    out = first.new_empty(*x.shape[:2], first.shape[2])
+    out[:, :size] = first
+    del first  # nothing of a piece lives on while the next one runs
+    for i in range(1, count):
+        out[:, i * size : (i + 1) * size] = run(x[:, i * size : (i + 1) * size])
+    return out
 
 
 class InPieces(FeedForward):
