@@ -33,15 +33,17 @@ constexpr float LOG2E = 1.44269504f;
 
 V all(float x) { return V{} + x; }
 
-// `fill` in the first K lanes, then x.
-template <int K, int... i>
-V later(V x, V fill, std::integer_sequence<int, i...>) {
+// x moved K lanes towards the last one, or BACK towards the first, and `fill` in the lanes left empty.
+template <int K, bool BACK, int... i>
+V moved(V x, V fill, std::integer_sequence<int, i...>) {
+    if constexpr (BACK) return __builtin_shufflevector(x, fill, (K + i)...);
     return __builtin_shufflevector(fill, x, (W - K + i)...);
 }
 
-template <int... i>
-V last(V x, std::integer_sequence<int, i...>) {
-    return __builtin_shufflevector(x, x, (W - 1 + 0 * i)...);
+// Lane K of x in all lanes.
+template <int K, int... i>
+V lane(V x, std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(x, x, (K + 0 * i)...);
 }
 
 template <int... i>
@@ -122,12 +124,12 @@ float sum(V x) {
     return total;
 }
 
-template <int K>
+template <bool BACK, int K = 1>
 void scan(V& decay, V& h) {
     if constexpr (K < W) {
-        h += decay * later<K>(h, V{}, Lanes{});
-        decay *= later<K>(decay, all(1.0f), Lanes{});
-        scan<2 * K>(decay, h);
+        h += decay * moved<K, BACK>(h, V{}, Lanes{});
+        decay *= moved<K, BACK>(decay, all(1.0f), Lanes{});
+        scan<BACK, 2 * K>(decay, h);
     }
 }
 
@@ -154,9 +156,9 @@ void tile(const Channel& c, int64_t first, int64_t count) {
         V carry = all(c.h[n]);
         auto states = [&](int64_t i) {
             V d = decay[i], h = step[i] * at(c.u, i) * at(c.B + n * c.length, i);
-            scan<1>(d, h);
+            scan<false>(d, h);
             h += d * carry;
-            carry = last(h, Lanes{});
+            carry = lane<W - 1>(h, Lanes{});
             return h;
         };
         if (c.C)
@@ -224,12 +226,13 @@ void channel_backward(const Channel& c, const Gradient& to, Rows& rows) {
         V carry{}, dA{};
         // h stands one vector later than decay: zeros before its first state, and after the last decay.
         rows.h[0] = rows.decay[n] = V{};
+        for (int64_t i = 0; i < n; i++) rows.decay[i] = exp2(rows.step[i] * (c.A[s] * LOG2E));
         for (int64_t i = 0; i < n; i++) {
-            V decay = rows.decay[i] = exp2(rows.step[i] * (c.A[s] * LOG2E));
+            V decay = rows.decay[i];
             V h = rows.step[i] * rows.u[i] * load<REVERSE>(B, i * W, c.length);
-            scan<1>(decay, h);
+            scan<false>(decay, h);
             h += decay * carry;
-            carry = last(h, Lanes{});
+            carry = lane<W - 1>(h, Lanes{});
             rows.h[i + 1] = h;
             if (C) add<REVERSE>(to.dC + s * c.length, i * W, c.length, rows.dy[i] * h);
         }
@@ -238,14 +241,12 @@ void channel_backward(const Channel& c, const Gradient& to, Rows& rows) {
             V after, before, b = load<REVERSE>(B, i * W, c.length);
             std::memcpy(&after, (const float*)(rows.decay.data() + i) + 1, sizeof after);
             std::memcpy(&before, (const float*)(rows.h.data() + i + 1) - 1, sizeof before);
-            V g = C ? rows.dy[i] * load<REVERSE>(C, i * W, c.length)
+            V l = C ? rows.dy[i] * load<REVERSE>(C, i * W, c.length)
                     : load<REVERSE>(to.grad + s * c.length, i * W, c.length);
-            after = turned(after, Lanes{});
-            g = turned(g, Lanes{});
-            scan<1>(after, g);
-            g += after * carry;
-            carry = last(g, Lanes{});
-            V l = turned(g, Lanes{}), carried = l * rows.decay[i] * before;
+            scan<true>(after, l);
+            l += after * carry;
+            carry = lane<0>(l, Lanes{});
+            V carried = l * rows.decay[i] * before;
             dA += carried * rows.step[i];
             add<REVERSE>(to.dB + s * c.length, i * W, c.length, l * rows.step[i] * rows.u[i]);
             rows.dstep[i] += carried * c.A[s];
