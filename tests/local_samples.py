@@ -134,10 +134,10 @@ LOCAL = {
         function=neighbours.neighborhood_attention,
         named=_with_extra,
         ops=lambda: [
-            (op, (*x.values(), *rest, None, None, [3, 3], [1, 2], [2, 1], [0, 1], 0.5))
+            (op, (*x.values(), *rest, [3, 3], [1, 2], [2, 1], [0, 1], 0.5))
             for op in _of_backends("neighborhood_attention")
-            for rpb, rest in ((True, ()), (False, (None,)))
-            for x in [_neighbours((5, 6), 2, 4, 3, (3, 3), rpb)().cast(torch.float32)]
+            for rpb, extra, rest in ((True, 2, ()), (False, 0, (None, None, None)))
+            for x in [_neighbours((5, 6), 2, 4, 3, (3, 3), rpb, extra=extra)().cast(torch.float32)]
         ],
         small=_neighbours((5, 4), 2, 3, 2, (3, 3), dilation=(1, 2)),
         drawn=st.builds(
