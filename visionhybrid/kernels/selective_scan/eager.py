@@ -49,13 +49,13 @@ def _planes(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, RADIX)).movedim(-1, 0)
 
 
-def _pieces(x: Tensor, *planes: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of (..., L) and of what is (RADIX, ..., n), of one shape: whole blocks, then the tokens that fill none."""
+def _pieces(x: Tensor, planes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of (..., L) and of (RADIX, ..., n) that are alike: whole blocks, then the tokens that fill none."""
     rest = x.shape[-1] % RADIX
     whole = x.shape[-1] - rest
-    yield _planes(x[..., :whole]), *(each[..., : whole // RADIX] for each in planes)
+    yield _planes(x[..., :whole]), planes[..., : whole // RADIX]
     if rest:
-        yield x[..., whole:].movedim(-1, 0)[..., None], *(each[:rest, ..., -1:] for each in planes)
+        yield x[..., whole:].movedim(-1, 0), planes[:rest, ..., -1]
 
 
 def _rest(x: Tensor, length: int) -> Tensor:
@@ -152,18 +152,16 @@ class Chunk:
         self.shape = (RADIX, *u.shape[:2], n)
         self.u, self.spent = u, spent and self.N == 1
         self.step, self.entering = step, entering = space("step", self.shape), space("entering", self.shape)
-        bias = step.new_zeros(()) if delta_bias is None else delta_bias[own, None].to(step)
-        for tokens, planes in _pieces(delta, step):
-            torch.add(tokens, bias, out=planes)
+        _cut(delta, step)
+        if delta_bias is not None:
+            step += delta_bias[own, None].to(step)
         if delta_softplus:
             # log(1 + e^x), and x where they agree; entering's memory is free so far.
             soft = torch.mul(step, log2(e), out=entering).clamp_(max=LINEAR).exp2_().log1p_()
             torch.maximum(step, soft, out=step)
-        for tokens, steps, planes in _pieces(u, step, entering):
-            torch.mul(steps, tokens, out=planes)
         # Decay 1 and input 0: what fills the last block passes the state through.
         _rest(step, length).zero_()
-        _rest(entering, length).zero_()
+        _cut(u, entering).mul_(step)
         self.A = A[own].to(step).t()[:, None, :, None]  # (N, 1, c, 1)
         self.B = self.grouped(B[rows, group], "B")
 
