@@ -139,15 +139,13 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / "facts.json").exists():
                 self._write(self.folder / "facts.json", text.encode())
-            for rest in self.folder.glob(
-                ".*.tmp"
-            ):  # of a process that was killed; nobody writes a file for a day
-                if time.time() - rest.stat().st_mtime > 86400:
-                    rest.unlink(missing_ok=True)
-        except FileNotFoundError:
-            pass  # another process was as tidy
         except OSError as error:
             raise StoreError(f"cache.folder: {self.folder}: {error.strerror}") from None
+        # of processes that were killed; nobody writes a file for a day
+        for rest in self.folder.glob(".*.tmp"):
+            with suppress(OSError):  # another process was as tidy, or this cache is only read
+                if time.time() - rest.stat().st_mtime > 86400:
+                    rest.unlink()
 
     def __contains__(self, key: str) -> bool:
         return key in self._places or key in self._waiting
@@ -169,9 +167,13 @@ class Store:
         with ThreadPoolExecutor() as threads:  # reading and hashing let each other run
             opened = threads.map(lambda path: _open(path, before.get(path.name)), new)
             for path, found in zip(new, opened, strict=True):
+                if isinstance(found, OSError):  # which may pass: the file stays
+                    notes.append(f"cache: {path} cannot be read ({found.strerror}), its rows are made anew")
+                    continue
                 if isinstance(found, str):
                     notes.append(f"cache: {path} is damaged ({found}) and is made anew")
-                    path.unlink(missing_ok=True)
+                    with suppress(OSError):
+                        path.unlink()
                     continue
                 file, rows, stamps, state = found
                 good = {key: (file, i, checksum) for i, (key, checksum, fits) in enumerate(rows) if fits}
@@ -190,7 +192,7 @@ class Store:
         """Processes that write it together may lose each other's lines: those files are then read once more."""
         try:
             found = json.loads((self.folder / CHECKED).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -245,17 +247,18 @@ class Store:
             with atomic(path) as file:
                 file.write(content)
         except ImageError as error:
-            free = shutil.disk_usage(self.folder).free / 2**20
+            room = f"{len(content) / 2**20:.1f} MiB"
+            with suppress(OSError):  # the folder is gone
+                room += f", {shutil.disk_usage(self.folder).free / 2**20:.1f} MiB are free"
             raise StoreError(
-                f"cache.folder: {error} ({len(content) / 2**20:.1f} MiB, {free:.1f} MiB are free); "
-                "what is cached stays valid, the same command continues"
+                f"cache.folder: {error} ({room}); what is cached stays valid, the same command continues"
             ) from None
 
 
 _Opened = tuple[_File, list[tuple[str, str, bool]], dict[str, str], list[int]]
 
 
-def _open(path: Path, before: list[int] | None) -> _Opened | str:
+def _open(path: Path, before: list[int] | None) -> _Opened | str | OSError:
     """A file's layout, for each row its key, checksum and whether that is right, the stamps, and its size and time.
 
     Where these are `before` the rows are not compared. Returns why, if it is not one of ours.
@@ -276,7 +279,9 @@ def _open(path: Path, before: list[int] | None) -> _Opened | str:
                 fits = [layout.checksum(row, content) == checksum for row, (_, checksum) in enumerate(named)]
         rows = [(key, checksum, right) for (key, checksum), right in zip(named, fits, strict=True)]
         return layout, rows, about["stamps"], state
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        return error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         return str(error) or type(error).__name__
 
 
@@ -294,4 +299,7 @@ def _layout(path: Path, head: bytes, size: int) -> tuple[_File, dict[str, Any]]:
         raise ValueError("cut off")
     if any(entry["shape"][0] != len(about["keys"]) for entry in header.values()):
         raise ValueError("not a row for each key")
+    names = [*about["keys"], *about["checksums"], *about["stamps"], *about["stamps"].values()]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("keys, checksums and stamps are text")
     return _File(path, tensors), about
