@@ -3,7 +3,7 @@
     family = family_of(pipe)
     row = family.encode(["a cat"])                                     # tensors, one row a caption; may be kept
     args, kwargs = family.inputs(x, times, {**row, "size": ..., "corner": ...})
-    family.model(*args, **kwargs)[0]                                          # is to be family.target(target)
+    family.model(*args, **kwargs)[0]                                   # is to be family.target(target)
 
 `x` (B, C, h, w) are noised, normalised latents; `times` (B,) run from 0 (clean) to 1000 (noise). A new family is a class here
 and its pipelines' names in `FAMILIES`.

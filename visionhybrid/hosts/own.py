@@ -14,7 +14,7 @@ from torch import nn
 
 from visionhybrid.hosts.layers import Layer, Selector, choose
 from visionhybrid.hosts.plan import Mixers, plan
-from visionhybrid.hosts.report import Report, Row
+from visionhybrid.hosts.report import Report, row_of
 from visionhybrid.mixers import Mixer
 
 __all__ = ["attach", "attention", "describe", "detach"]
@@ -62,22 +62,7 @@ def detach(model: Any, *, layers: Selector | None = None) -> Report:
 def describe(model: Any, *, sample_size: int | tuple[int, ...] | None = None) -> Report:
     """See `visionhybrid.describe`. The mixers that a model was made with are listed as well."""
     model = _transformer(model)
-    rows = []
-    for layer in _layers(model, sample_size):
-        mixer: Any = layer.module.mixer
-        rows.append(
-            Row(
-                name=layer.name,
-                dim=layer.dim,
-                heads=layer.heads,
-                head_dim=layer.head_dim,
-                tokens=layer.tokens,
-                mixer=mixer.about.name,
-                options=mixer.options,
-                parameters=sum(p.numel() for p in mixer.parameters()),
-                speedup=layer.speedup(mixer),
-            )
-        )
+    rows = [row_of(layer, _mixer(layer)) for layer in _layers(model, sample_size)]
     return Report(type(model).__name__, rows)
 
 
@@ -109,6 +94,10 @@ def _layers(model: Any, size: int | tuple[int, ...] | None) -> list[Layer]:
         for name, module in model.named_modules()
         if isinstance(mixer := module._modules.get("mixer"), Mixer)
     ]
+
+
+def _mixer(layer: Layer) -> Any:
+    return layer.module.mixer
 
 
 def _kept(model: nn.Module) -> dict[str, nn.Module]:

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Report", "Row"]
+from visionhybrid.hosts.layers import Layer
+from visionhybrid.mixers import Mixer, crossover
+
+__all__ = ["Report", "Row", "row_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,29 @@ class Row:
     reason: str | None = None
     speedup: float | None = None  # multiplications of softmax attention / of the mixer, networks included
     crossover: int | None = None  # image tokens of a square from which the mixer multiplies less
+
+
+def row_of(layer: Layer, mixer: Mixer | None, *, weights: str = "") -> Row:
+    """The row of `layer`, which has `mixer` with the projections of `weights`, or its own attention."""
+    facts: dict[str, Any] = dict(
+        name=layer.name,
+        dim=layer.dim,
+        heads=layer.heads,
+        head_dim=layer.head_dim,
+        tokens=layer.tokens,
+        own=layer.own,
+    )
+    if mixer is None:
+        return Row(**facts, reason=layer.reason)
+    return Row(
+        **facts,
+        mixer=mixer.about.name,
+        options=mixer.options,
+        parameters=sum(p.numel() for p in mixer.parameters()),
+        weights=weights,
+        speedup=layer.speedup(mixer),
+        crossover=crossover(mixer) if layer.axes == 2 else None,
+    )
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
-from visionhybrid import mixers
 from visionhybrid.hosts.diffusers import core, published
 from visionhybrid.hosts.diffusers.family import as_pair, family_of
 from visionhybrid.hosts.layers import Layer, Selector, choose
 from visionhybrid.hosts.plan import Mixers, plan
-from visionhybrid.hosts.report import Report, Row
+from visionhybrid.hosts.report import Report, Row, row_of
 
 logger = logging.getLogger(__name__)
 
@@ -154,24 +153,7 @@ def _marked(model: nn.Module, size: int | tuple[int, ...] | None) -> list[Layer]
 
 
 def _row(layer: Layer, held: core.Held | None) -> Row:
-    facts: dict[str, Any] = dict(
-        name=layer.name,
-        dim=layer.dim,
-        heads=layer.heads,
-        head_dim=layer.head_dim,
-        tokens=layer.tokens,
-        own=layer.own,
-    )
     if held is None:
-        return Row(**facts, reason=layer.reason)
+        return row_of(layer, None)
     mixer: Any = layer.module.mixer
-    speedup = layer.speedup(mixer)
-    return Row(
-        **facts,
-        mixer=held.mixer,
-        options=held.options,
-        parameters=sum(p.numel() for p in mixer.parameters()),
-        weights=held.weights,
-        speedup=speedup,
-        crossover=mixers.crossover(mixer) if speedup and speedup < 1 and layer.axes == 2 else None,
-    )
+    return row_of(layer, mixer, weights=held.weights)

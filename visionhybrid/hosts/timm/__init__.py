@@ -18,10 +18,9 @@ from typing import Any
 from timm.layers.attention import Attention
 from torch import nn
 
-from visionhybrid import mixers
 from visionhybrid.hosts.layers import Layer, Selector, choose
 from visionhybrid.hosts.plan import Mixers, plan
-from visionhybrid.hosts.report import Report, Row
+from visionhybrid.hosts.report import Report, Row, row_of
 from visionhybrid.hosts.timm.modules import BLOCKS, MODELS, MixedAttention, MixedViT
 
 logger = logging.getLogger(__name__)
@@ -119,24 +118,7 @@ def _taken(layer: Layer) -> Layer:
 
 
 def _row(layer: Layer) -> Row:
-    mixer = layer.module.mixer if isinstance(layer.module, MixedAttention) else None
-    row: dict[str, Any] = dict(
-        name=layer.name,
-        dim=layer.dim,
-        heads=layer.heads,
-        head_dim=layer.head_dim,
-        tokens=layer.tokens,
-        reason=layer.reason,
-    )
-    if mixer is not None:
-        row |= dict(
-            mixer=mixer.about.name,
-            options=mixer.options,
-            parameters=sum(p.numel() for p in mixer.parameters()),
-            speedup=layer.speedup(mixer),
-            crossover=mixers.crossover(mixer),
-        )
-    return Row(**row)
+    return row_of(layer, layer.module.mixer if isinstance(layer.module, MixedAttention) else None)
 
 
 def _layers(model: nn.Module, size: int | tuple[int, ...] | None) -> list[Layer]:
