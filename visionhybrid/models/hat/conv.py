@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from visionhybrid.kernels.precision import wide, widened
 from visionhybrid.kernels.window_attention.bands import suits
+from visionhybrid.models.hat.layers import conv_onto
 
 
 class ChannelAttentionConv(nn.Module):
@@ -30,7 +32,10 @@ class ChannelAttentionConv(nn.Module):
         """stream + scale * self(x), in new memory."""
         # float16 has no room for weights times `scale`.
         if suits(x) and x.dtype != torch.float16:
-            return stream + self._folded(x, scale)
+            with torch.autocast("cpu", enabled=False):
+                images = zip(stream.split(1), x.split(1), strict=True)
+                sums = [self._folded(one, image, scale) for one, image in images]
+                return sums[0] if len(sums) == 1 else torch.cat(sums)
         x, gate = self._parts(x)
         return torch.addcmul(stream, x, gate.to(stream.dtype), value=scale)
 
@@ -40,24 +45,30 @@ class ChannelAttentionConv(nn.Module):
         mean = x.mean((2, 3), keepdim=True, dtype=widened(x)).to(x.dtype)
         return x, self.fc2(F.relu(self.fc1(mean))).sigmoid()
 
-    def _folded(self, x: Tensor, scale: float) -> Tensor:
-        """scale * self(x) in one pass: what a convolution has as its mean follows from sums of its input, so the gate is known
-        before the second convolution and goes into the weights.
+    def _folded(self, stream: Tensor, x: Tensor, scale: float) -> Tensor:
+        """`onto` of one image in one pass over the stream: the mean of a convolution follows from sums of its input, so the gate is
+        known before the second convolution and goes into the weights.
         """
-        x = F.gelu(self.conv1(x))
-        with torch.autocast("cpu", enabled=False):
-            weight, bias = wide(self.conv2.weight), wide(self.conv2.bias)
-            mean = F.linear(
-                _sums_under_weights(wide(x)).flatten(1) / x[0, 0].numel(), weight.flatten(1), bias
-            )
-            mean = mean[:, :, None, None]
-            for fc, act in ((self.fc1, F.relu), (self.fc2, torch.sigmoid)):
-                mean = act(F.conv2d(mean, wide(fc.weight), wide(fc.bias)))
-            maps = []
-            for image, gate in zip(x.split(1), scale * mean, strict=True):
-                w, b = (weight * gate[..., None]).to(x.dtype), (bias * gate.flatten()).to(x.dtype)
-                maps.append(F.conv2d(image, w, b, padding=1))
-        return maps[0] if len(maps) == 1 else torch.cat(maps)
+        hidden = F.gelu(self._hidden(x))
+        weight, bias = wide(self.conv2.weight), wide(self.conv2.bias)
+        mean = F.linear(_sums_under_weights(hidden).flatten(1) / x[0, 0].numel(), weight.flatten(1), bias)
+        gate = F.relu(F.linear(mean, wide(self.fc1.weight).flatten(1), wide(self.fc1.bias)))
+        gate = F.linear(gate, wide(self.fc2.weight).flatten(1), wide(self.fc2.bias)).sigmoid()[0] * scale
+        weight, bias = (weight * gate[:, None, None, None]).to(x.dtype), (bias * gate).to(x.dtype)
+        return conv_onto(stream, hidden.to(x.dtype, memory_format=torch.channels_last), weight, bias)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """The first convolution of one image, in float32 or wider."""
+        weight, bias = self.conv1.weight.to(x.dtype), wide(self.conv1.bias)
+        C, H, W = x.shape[1:]
+        if 9 * len(weight) > C:
+            return wide(F.conv2d(x, weight, bias.to(x.dtype), padding=1))
+        # Few channels leave a convolution's lanes idle; one product with all nine taps does not. Then its shifted planes are added.
+        planes = torch.mm(weight.permute(2, 3, 0, 1).reshape(-1, C), x[0].flatten(1)).view(3, 3, -1, H, W)
+        out = bias[:, None, None].expand(-1, H + 2, W + 2).contiguous()
+        for row, column in product(range(3), range(3)):
+            out[:, 2 - row :, 2 - column :][:, :H, :W] += planes[row, column]
+        return out[None, :, 1:-1, 1:-1]
 
 
 def _sums_under_weights(x: Tensor) -> Tensor:
