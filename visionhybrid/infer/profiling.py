@@ -221,15 +221,16 @@ def _parameters(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[tuple[st
 def _clock(model: nn.Module, x: Tensor, repeats: int) -> float:
     times = []
     for _ in range(repeats):
-        _wait(x)
+        wait(x)
         start = time.perf_counter()
         model(x)
-        _wait(x)
+        wait(x)
         times.append(time.perf_counter() - start)
     return median(times)
 
 
-def _wait(x: Tensor) -> None:
+def wait(x: Tensor) -> None:
+    """Until the device of `x` has done what it was asked: GPUs answer before they have."""
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)
     elif x.device.type == "mps":
@@ -254,7 +255,7 @@ def _shares(
     with _quietly(profiler), _around(blocks, enter, leave):
         for _ in range(repeats):
             model(x)
-        _wait(x)
+        wait(x)
     found: dict[tuple[str, str], float] = defaultdict(float)
 
     def add(event: Any, block: str, kind: str) -> None:

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 import visionhybrid
+from visionhybrid.infer.profiling import wait
 from visionhybrid.train import recipes, state, task
 from visionhybrid.train.config import Config, ConfigError, Grafting, check
 from visionhybrid.train.distill import Inputs, distance, output, regress, substituted
@@ -42,6 +43,8 @@ class LayerReport:
 
 @dataclass(frozen=True, kw_only=True)
 class GraftReport:
+    """What `graft` did: each layer, and held-out metrics of teacher and student."""
+
     layers: list[LayerReport]
     teacher: dict[str, float]  # metrics on held-out data
     student: dict[str, float]
@@ -170,11 +173,14 @@ def _seconds(net: nn.Module, names: list[str], inputs: Inputs, rounds: int = 5) 
     """Median time of each module in forward passes of the whole."""
     taken: dict[str, list[float]] = {name: [] for name in names}
     began: dict[str, float] = {}
+    weight = next(net.parameters())
 
     def begin(name: str, *_: Any) -> None:
+        wait(weight)
         began[name] = time.perf_counter()
 
     def end(name: str, *_: Any) -> None:
+        wait(weight)
         taken[name].append(time.perf_counter() - began[name])
 
     handles = [net.get_submodule(n).register_forward_pre_hook(partial(begin, n)) for n in names]

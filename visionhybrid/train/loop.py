@@ -37,11 +37,7 @@ class MemoryLimitError(RuntimeError):
 
 
 class Trainer:
-    """A run: what it trains, where it stands, and one update after the other. `session.run` makes and drives it.
-
-    Raises:
-        ConfigError: a config that cannot be meant here.
-    """
+    """A run: what it trains, where it stands, one update after the other. `session.run` makes and drives it."""
 
     def __init__(self, config: Config, out: Path, *, progress: bool = True) -> None:
         self.config, self.out, self.checkpoints = check(config), out, out / "checkpoints"
