@@ -1,6 +1,7 @@
 """Distances between sets of images."""
 
 import pytest
+import tiny_pipelines as tiny
 import torch
 from PIL import Image
 
@@ -81,6 +82,39 @@ def test_what_cannot_be_compared(backbone, tmp_path):
         clip_score([], [], tmp_path)
     with pytest.raises(ValueError, match="0 images and 1 prompts"):
         clip_score([], ["a"], tmp_path)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """The folder of a CLIP model of random weights."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    tokenizer = tiny.clip_tokenizer()
+    layers = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ends = dict(bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1)
+    config = CLIPConfig(
+        text_config=dict(layers, **ends, vocab_size=len(tokenizer)),
+        vision_config=dict(layers, image_size=16, patch_size=8),
+        projection_dim=8,
+    )
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    CLIPModel(config).save_pretrained(folder)
+    sizes = dict(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    CLIPProcessor(CLIPImageProcessor(**sizes), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_clip_score_is_a_mean_over_images_whatever_the_batch(clip):
+    images = list(torch.rand(5, 3, 16, 16))
+    prompts = ["a cat", "a dog on a mat", "b", "the sea", "a cat"]
+    alone = [clip_score([image], [prompt], clip) for image, prompt in zip(images, prompts, strict=True)]
+    assert len(set(alone)) > 1
+    for batch_size in (2, 32):
+        found = clip_score(images, prompts, clip, batch_size=batch_size)
+        assert found == pytest.approx(sum(alone) / 5, rel=1e-4)
+    with pytest.raises(ValueError, match="no images"):
+        clip_score([], [], clip)
 
 
 def test_pairs_by_name():

@@ -100,7 +100,7 @@ def features(
     """A vector for each image: float64 (images, D) on the CPU.
 
     Args:
-        extractor: `Backbone`, `Inception`, or a timm classifier.
+        extractor: `Backbone`, `Inception`, or a timm classifier, which is put into eval mode.
         images: as for `classify`.
     Raises:
         ValueError: not a classifier, no images, or an image that cannot be read.
@@ -175,11 +175,14 @@ def _covered(x: Tensor, centres: Tensor, radii: Tensor, chunk: int) -> float:
     return hits / len(x)
 
 
-def clip_score(images: Sequence[AnyImage], prompts: Sequence[str], model: str | Path) -> float:
+def clip_score(
+    images: Sequence[AnyImage], prompts: Sequence[str], model: str | Path, *, batch_size: int = 32
+) -> float:
     """Mean of 100 max(cos, 0) between CLIP's embeddings of each image and its prompt (arXiv:2104.08718). Extra `eval`.
 
     Args:
         model: folder with a CLIP model of transformers and its processor.
+        batch_size: images computed at once.
     Raises:
         ValueError: no such folder (the message says what to download), or not one prompt for each image.
     """
@@ -189,22 +192,27 @@ def clip_score(images: Sequence[AnyImage], prompts: Sequence[str], model: str | 
         raise ValueError(
             f"no CLIP model in {model}: `hf download openai/clip-vit-large-patch14 --local-dir {model}` puts one there"
         )
+    if not prompts:
+        raise ValueError("clip_score: no images")
     try:
         from transformers import CLIPModel, CLIPProcessor
     except ImportError:
         raise ImportError("the CLIP score needs transformers: pip install 'visionhybrid[eval]'") from None
     net, processor = CLIPModel.from_pretrained(model).eval(), CLIPProcessor.from_pretrained(model)
-    given = processor(
-        text=list(prompts),
-        images=[pil_image(x).convert("RGB") for x in images],
-        return_tensors="pt",
-        padding=True,
-        truncation=True,
-    )
-    with torch.no_grad():
-        out = net(**given)
-    cosine = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
-    return float(100 * cosine.clamp_min(0).mean())
+    cosines = []
+    for first in range(0, len(images), batch_size):
+        part = slice(first, first + batch_size)
+        given = processor(
+            text=list(prompts[part]),
+            images=[pil_image(x).convert("RGB") for x in images[part]],
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+        )
+        with torch.no_grad():
+            out = net(**given)
+        cosines.append(torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds))
+    return float(100 * torch.cat(cosines).clamp_min(0).mean())
 
 
 def pairs(
