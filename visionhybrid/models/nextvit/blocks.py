@@ -184,7 +184,10 @@ class EMHSA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kv = x
         if self.run > 1:
-            kv = self.norm(pool_tokens(x, self.run).transpose(1, 2)).transpose(1, 2)
+            kv = pool_tokens(x, self.run).transpose(1, 2).contiguous()  # (B, C, M)
+            # In torch 2.11 the norm's result has another layout than compilers think unless it is given this one, and the
+            # attention below, fused for the layout they think of, would be wrong.
+            kv = self.norm(kv).transpose(1, 2)
         out = F.scaled_dot_product_attention(
             self._heads(self.q(x)),
             self._heads(self.k(kv)),
