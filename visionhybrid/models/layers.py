@@ -325,10 +325,11 @@ def _packed(weight: Tensor, how: tuple[Any, ...], shape: torch.Size) -> Tensor:
     if weight.is_inference():  # its changes are not counted
         return weight
     state = (weight._version, weight.data_ptr(), weight.dtype)
-    known, packed = _PACKED.get(weight) or (None, None)
-    if known != state:
-        packed = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *how, list(shape))
-        _PACKED[weight] = (state, packed)
+    known = _PACKED.get(weight)
+    if known is not None and known[0] == state:
+        return known[1]
+    packed = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *how, list(shape))
+    _PACKED[weight] = (state, packed)
     return packed
 
 
