@@ -115,6 +115,13 @@ def test_where_it_steps_aside(used, monkeypatch):
     assert not used
 
 
+def test_exported_it_is_pytorchs_own():
+    program = torch.export.export(Projection(6, 5), (torch.randn(3, 6),))
+    assert not any(
+        "mkldnn" in str(node.target) or "_Linear" in str(node.target) for node in program.graph.nodes
+    )
+
+
 def test_operations_are_counted_as_those_of_linear(used):
     def count(function):
         tensors = operands(2, 7, 6, outs=5)
