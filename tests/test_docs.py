@@ -2,6 +2,7 @@
 
 import pkgutil
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,6 @@ def test_recipes_of_the_docs_exist():
         for words in re.findall(
             r"(?:visionhybrid train|visionhybrid\.train) ([^\n#`]+)", page.read_text(encoding="utf-8")
         ):
-            name, *changes = words.split()
+            name, *changes = shlex.split(words)
             if re.fullmatch(r"[a-z0-9_]+", name):
                 override(find(name), [word for word in changes if "=" in word])
