@@ -28,6 +28,7 @@ from visionhybrid.bench import (
     models,
     report,
 )
+from visionhybrid.bench.page import markdown
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -307,7 +308,7 @@ def test_record_is_json_with_every_raw_sample(data: report.Record) -> None:
 
 
 def test_table_and_page_show_targets_beside_values(data: report.Record) -> None:
-    text = report.page([data])
+    text = markdown([data])
     (line,) = (line for line in text.splitlines() if line.startswith("| visionhybrid |"))
     assert "<= 1000000000.00 met" in line
     assert "<= 0.00 missed" in line
@@ -316,11 +317,16 @@ def test_table_and_page_show_targets_beside_values(data: report.Record) -> None:
     console.print(report.tables(data))
     (line,) = (line for line in console.export_text().splitlines() if line.startswith(" visionhybrid "))
     assert re.search(r"met .* missed", line)
-    for load, busy in ((0.0, False), (1.9, True)):
-        there = {**data, "machine": {**data["machine"], "cores": 2, "load_1min": load}}
-        assert ("not quiet: load 1.9 on 2 cores" in report.page([there])) == busy
+    # a load is what ended a minute ago, too; what is busy is busy now
+    for used, busy in ((0.0, False), (1.9, True)):
+        there = {**data, "machine": {**data["machine"], "cores": 2, "load_1min": 3.0, "busy": used}}
+        assert ("not quiet: 1.9 of 2 cores busy" in markdown([there])) == busy
+        del there["machine"]["busy"]
+        assert "not quiet: 3.0 of 2 cores loaded" in markdown([there])
+    (line,) = (line for line in text.splitlines() if line.startswith("## Targets"))
+    assert line == "## Targets: 1 of 2 met"
     quick = {**data, "quick": True}
-    assert "nothing is judged" in report.page([quick])
+    assert "nothing is judged" in markdown([quick])
 
 
 def test_plot_is_a_picture(data: report.Record, tmp_path: Path) -> None:
@@ -338,7 +344,7 @@ def test_cases_of_a_family_stand_side_by_side(tmp_path: Path) -> None:
     results = [at(2000, "visionhybrid"), at(1000, "peer", "visionhybrid")]
     facts = machine.facts(CPU)
     data = report.record("kernels", results, facts=facts, command="", quick=False, peaks=None)
-    lines = report.page([data]).splitlines()
+    lines = markdown([data]).splitlines()
     start = lines.index("### toys: time and peak memory against length")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[start + 2 : start + 6]]
     assert rows[0] == ["length", "peer", "visionhybrid"]
@@ -352,8 +358,8 @@ def test_cases_of_a_family_stand_side_by_side(tmp_path: Path) -> None:
 
 def test_what_another_device_would_measure_is_listed(data: report.Record) -> None:
     there = {**data, "not_measured": ["the GPU's part"]}
-    assert "- the GPU's part" in report.page([there])
-    assert "Not measured" not in report.page([data])
+    assert "- the GPU's part" in markdown([there])
+    assert "Not measured" not in markdown([data])
 
 
 # --- the command
@@ -384,7 +390,7 @@ def test_page_command_renders_records(data: report.Record, tmp_path: Path) -> No
     page = tmp_path / "page.md"
     found = CliRunner().invoke(__main__.app, ["page", str(tmp_path / "models.json"), "--to", str(page)])
     assert found.exit_code == 0, found.output
-    assert page.read_text() == report.page([data])
+    assert page.read_text() == markdown([data])
 
 
 def test_unknown_suite_and_part_are_named() -> None:

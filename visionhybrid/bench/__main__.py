@@ -21,6 +21,7 @@ from visionhybrid.bench import SUITES, machine, report
 from visionhybrid.bench.apart import measure_apart
 from visionhybrid.bench.floor import measure_peaks
 from visionhybrid.bench.harness import measure
+from visionhybrid.bench.page import markdown
 from visionhybrid.train.state import write_text
 
 app = typer.Typer(
@@ -109,7 +110,7 @@ def _write(out: Path, suite: str, data: dict[str, Any], ranges: Sequence[Any]) -
     """The record as JSON, page and plots, and a plot of each range."""
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / f"{suite}.json", json.dumps(data, indent=1) + "\n")
-    write_text(out / f"{suite}.md", report.page([data]))
+    write_text(out / f"{suite}.md", markdown([data]))
     report.plot(data, out / f"{suite}.png")
     report.plot_lengths(data, out / f"{suite}_length.png")
     for each in ranges:
@@ -154,7 +155,7 @@ def page(
     to: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/benchmarks.md"),
 ) -> None:
     """Render records as one Markdown page."""
-    write_text(to, report.page([json.loads(path.read_text(encoding="utf-8")) for path in records]))
+    write_text(to, markdown([json.loads(path.read_text(encoding="utf-8")) for path in records]))
     Console().print(str(to))
 
 

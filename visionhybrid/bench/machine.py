@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +27,28 @@ def facts(device: torch.device) -> dict[str, str | int | float]:
     }
     if hasattr(os, "getloadavg"):
         found["load_1min"] = round(os.getloadavg()[0], 2)
+    if (used := busy()) is not None:
+        found["busy"] = round(used, 2)
     return found
+
+
+def busy(seconds: float = 0.5) -> float | None:
+    """How many cores other processes use, looked at for so long while this one sleeps; None where the system does not say."""
+    before = _ticks()
+    time.sleep(seconds)
+    after = _ticks()
+    if before is None or after is None:
+        return None
+    return (after - before) / os.sysconf("SC_CLK_TCK") / seconds
+
+
+def _ticks() -> int | None:
+    """Of all cores since the start of the system, those in which something ran."""
+    try:
+        user, nice, system = Path("/proc/stat").read_text().split()[1:4]
+    except (OSError, ValueError):
+        return None
+    return int(user) + int(nice) + int(system)
 
 
 def cores() -> int:
