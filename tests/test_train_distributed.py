@@ -146,5 +146,6 @@ def test_two_processes_train_and_graft_a_generator_as_one(tmp_path, environment,
         )
     found = json.loads((two / "graft" / "report.json").read_text())
     assert [layer["name"] for layer in found["layers"]] == [layer.name for layer in report.layers]
-    assert found["student"]["distance"] == pytest.approx(report.student["distance"], rel=0.02)
+    # some 5e-10 here, what is left of sums that nearly cancel
+    assert found["student"]["distance"] == pytest.approx(report.student["distance"], rel=0.02, abs=1e-10)
     assert (two / "graft" / "whole" / "pipeline" / "model_index.json").is_file()
