@@ -61,9 +61,10 @@ class ChannelAttentionConv(nn.Module):
         """The first convolution of one image, in float32 or wider."""
         weight, bias = self.conv1.weight.to(x.dtype), wide(self.conv1.bias)
         C, H, W = x.shape[1:]
-        if 9 * len(weight) > C:
+        if x.dtype != torch.bfloat16 or 9 * len(weight) > C:
             return wide(F.conv2d(x, weight, bias.to(x.dtype), padding=1))
-        # Few channels leave a convolution's lanes idle; one product with all nine taps does not. Then its shifted planes are added.
+        # Few channels leave a convolution's lanes idle; one product with all nine taps does not (in bfloat16 it takes 0.45 of the time
+        # for 144 -> 6). Then its shifted planes are added.
         planes = torch.mm(weight.permute(2, 3, 0, 1).reshape(-1, C), x[0].flatten(1)).view(3, 3, -1, H, W)
         out = bias[:, None, None].expand(-1, H + 2, W + 2).contiguous()
         for row, column in product(range(3), range(3)):
