@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
@@ -80,7 +81,10 @@ def save(
 
 
 def write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Tensors to a safetensors file: temporary name in the same folder, flush to the disk, rename."""
+    """Tensors to a safetensors file: temporary name in the same folder, flush to the disk, rename.
+
+    Raises: OSError: no permission, a full disk.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -89,6 +93,8 @@ def write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except SafetensorError as error:  # as which the disk's errors come back
+        raise OSError(f"{path}: cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
