@@ -44,9 +44,8 @@ class Exercise:
     kwargs: dict[str, Any]
     target: Tensor  # (B, ...)
     weight: Tensor  # (B,)
-    bound: Callable[[Tensor], Tensor] | None = (
-        None  # (B,) of an output, for the variance in its further channels
-    )
+    # (B,) of an output, for the variance in its further channels
+    bound: Callable[[Tensor], Tensor] | None = None
 
     def errors(self, output: Tensor) -> Tensor:
         """(B,). Without a bound, a variance in further channels is not looked at."""
@@ -322,12 +321,12 @@ class Generate:
     def release(self, model: nn.Module, path: Path, facts: dict[str, Any]) -> None:
         """A diffusers folder, complete or not there: written aside, then renamed."""
         aside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-        for rest in (aside, old):
-            shutil.rmtree(rest, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         names = self.train_set.classes if self.config.data.num_classes else ()
         self.generator.saved(self.bare(model), self.scheduler, names, aside)
         state.write_text(aside / "training.json", json.dumps(facts, indent=2) + "\n")
-        if path.exists():
+        if path.exists():  # else `old` is what there is: the last release was killed between its two names
+            shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         aside.rename(path)
         shutil.rmtree(old, ignore_errors=True)

@@ -289,4 +289,5 @@ def _checked(config: Generation, vae: Autoencoder, unit: int) -> Autoencoder:
 
 
 def noise_of(shape: Sequence[int], seed: int) -> Tensor:
+    """Normal noise on the CPU: the same for the same seed, whatever else is drawn."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
