@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 __all__ = ["InPieces", "in_pieces", "pieces_around"]
 
-# SD 1.5's UNet at 1024x1024 in float32 has 545 MB of tensors alive at once with whole networks, 315 with four pieces, 294 with
-# eight: then the convolutions need most.
-PIECES = 8
+# SD 1.5's UNet at 1024x1024 in float32 has 545 MB of tensors alive at once with whole networks, 315 with four pieces, and 294,
+# where its convolutions need most, with eight; the resident set is much the same with four, whose products are larger.
+PIECES = 4
 # Tokens of a piece, below which a network is run whole: its memory is small then, and each piece reads all weights.
-SHORTEST = 512
+SHORTEST = 1024
 
 
 def in_pieces(run: Callable[[Tensor], Tensor], x: Tensor, count: int) -> Tensor:
