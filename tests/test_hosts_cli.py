@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import visionhybrid
 from visionhybrid.cli import app
 from visionhybrid.diffusion import HybridDiT, HybridDiTPipeline
+from visionhybrid.diffusion.denoisers import open_any
 from visionhybrid.hosts import choices
 
 
@@ -115,3 +116,13 @@ def test_what_is_wrong_is_said_in_a_line(words, status, message, folder, tmp_pat
     assert done.exit_code == status, done.output
     assert message in done.output
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "index", ['{"_class_name": "NewerPipeline"}', "[" * 100_000, "[]", "{}", '{"_class_name": 3}']
+)
+def test_an_index_that_is_none_is_one_line(index, tmp_path):
+    (tmp_path / "model_index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"no diffusers pipeline can be read: .") as error:
+        open_any(str(tmp_path))
+    assert "\n" not in str(error.value)

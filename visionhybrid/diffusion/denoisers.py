@@ -303,6 +303,7 @@ def open_any(path: str, **components: Any) -> Any:
     """
     try:
         return DiffusionPipeline.from_pretrained(path, use_safetensors=True, **components)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        # the latter of an index that names a class of another diffusers, or is none
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: no diffusers pipeline can be read: {reason}") from None
