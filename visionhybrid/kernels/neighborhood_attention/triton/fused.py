@@ -45,11 +45,9 @@ def logits(
 
 
 @triton.jit
-def table_of(rpb, h, kernel, BIAS: tl.constexpr):
-    """Where a head's relative position biases begin."""
-    if BIAS:
-        rpb += h * (2 * kernel[0] - 1) * (2 * kernel[1] - 1) * (2 * kernel[2] - 1)
-    return rpb
+def biases_before(h, kernel):
+    """How many relative position biases lie before those of head `h`. (Triton 3.6 returns no pointer that may be None.)"""
+    return h * (2 * kernel[0] - 1) * (2 * kernel[1] - 1) * (2 * kernel[2] - 1)
 
 
 @triton.jit
@@ -80,7 +78,9 @@ def _fwd(
     start, walk = axes.span(lo, hi, KEYS)
     real = (p[0] < m[0]) & (p[1] < m[1]) & (p[2] < m[2])
     q_tile = axes.load(q + b * q_s[0] + h * q_s[1], p, g, m, dilation, q_s, D, BLOCK_D)
-    k, v, rpb = k + b * k_s[0] + h * k_s[1], v + b * v_s[0] + h * v_s[1], table_of(rpb, h, kernel, BIAS)
+    k, v = k + b * k_s[0] + h * k_s[1], v + b * v_s[0] + h * v_s[1]
+    if BIAS:
+        rpb += biases_before(h, kernel)
     top = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
@@ -133,7 +133,9 @@ def _bwd_q(
     place = b * lse_s[0] + h * lse_s[1] + axes.places(p, g, dilation, lse_s)
     tl.store(delta + place, mean, mask=real)
     norm = tl.load(lse + place, mask=real, other=0.0) * LOG2E
-    k, v, rpb = k + b * k_s[0] + h * k_s[1], v + b * v_s[0] + h * v_s[1], table_of(rpb, h, kernel, BIAS)
+    k, v = k + b * k_s[0] + h * k_s[1], v + b * v_s[0] + h * v_s[1]
+    if BIAS:
+        rpb += biases_before(h, kernel)
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for step in range(0, walk[0] * walk[1] * walk[2]):
         t = axes.walked(start, step, (walk[1], walk[2]), KEYS, BLOCK_M)
@@ -173,7 +175,9 @@ def _bwd_kv(
     start, walk = axes.readers(first, m, kernel, stride, causal, KEYS, QUERIES, FIRST)
     k_tile = axes.load(k + b * k_s[0] + h * k_s[1], t, g, m, dilation, k_s, D, BLOCK_D)
     v_tile = axes.load(v + b * v_s[0] + h * v_s[1], t, g, m, dilation, v_s, E, BLOCK_E)
-    q, grad, rpb = q + b * q_s[0] + h * q_s[1], grad + b * g_s[0] + h * g_s[1], table_of(rpb, h, kernel, BIAS)
+    q, grad = q + b * q_s[0] + h * q_s[1], grad + b * g_s[0] + h * g_s[1]
+    if BIAS:
+        rpb += biases_before(h, kernel)
     lse, delta = lse + b * lse_s[0] + h * lse_s[1], delta + b * lse_s[0] + h * lse_s[1]
     dk_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)

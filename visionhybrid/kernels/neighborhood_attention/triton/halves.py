@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from visionhybrid.kernels.neighborhood_attention.triton import axes
-from visionhybrid.kernels.neighborhood_attention.triton.fused import LOG2E, logits, table_of
+from visionhybrid.kernels.neighborhood_attention.triton.fused import LOG2E, biases_before, logits
 
 
 @triton.jit
@@ -37,7 +37,9 @@ def _scores(
     lo, hi = axes.window(p, m, kernel, stride, causal, FIRST)
     start, walk = axes.span(lo, hi, KEYS)
     q_tile = axes.load(q + b * q_s[0] + h * q_s[1], p, g, m, dilation, q_s, D, BLOCK_D)
-    k, rpb = k + b * k_s[0] + h * k_s[1], table_of(rpb, h, kernel, BIAS)
+    k += b * k_s[0] + h * k_s[1]
+    if BIAS:
+        rpb += biases_before(h, kernel)
     out += b * w_s[0] + h * w_s[1]
     for step in range(0, walk[0] * walk[1] * walk[2]):
         t = axes.walked(start, step, (walk[1], walk[2]), KEYS, BLOCK_M)
@@ -116,7 +118,8 @@ def _table(
     tiles of queries in all images: an entry of that matrix stands for one relative position. STORED: slopes lie in w.
     """
     step, h, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    rpb = table_of(rpb, h, kernel, not STORED)
+    if not STORED:
+        rpb += biases_before(h, kernel)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for unit in range(part * per_program, tl.minimum((part + 1) * per_program, units)):
         b = (unit // count).to(tl.int64)
