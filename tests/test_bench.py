@@ -385,6 +385,16 @@ def test_run_writes_record_plot_and_page(
     assert [len(row["seconds"]) for row in data["cases"][0]["runners"]] == [2, 2]
 
 
+def test_train_is_a_part_of_the_suite(data: report.Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        __main__, "run", lambda suite, **options: asked.append((suite, options["only"])) or data
+    )
+    assert CliRunner().invoke(__main__.app, ["diffusion", "--train"]).exit_code == 0
+    assert CliRunner().invoke(__main__.app, ["models", "--only", "hat"]).exit_code == 0
+    assert asked == [("diffusion", "train"), ("models", "hat")]
+
+
 def test_page_command_renders_records(data: report.Record, tmp_path: Path) -> None:
     (tmp_path / "models.json").write_text(json.dumps(data))
     page = tmp_path / "page.md"

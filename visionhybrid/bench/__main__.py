@@ -125,6 +125,7 @@ def _suite_command(suite: str, purpose: str) -> None:
         only: Annotated[
             str | None, typer.Option(help="One part of the suite, such as hat or nextvit.")
         ] = None,
+        train: Annotated[bool, typer.Option("--train", help="The training steps; as --only train.")] = False,
         rounds: Annotated[
             int | None, typer.Option(help="Interleaved runs of each; default: per case.")
         ] = None,
@@ -136,7 +137,15 @@ def _suite_command(suite: str, purpose: str) -> None:
             int | None, typer.Option(help="Threads of PyTorch; default: the cores it may use.")
         ] = None,
     ) -> None:
-        data = run(suite, quick=quick, only=only, rounds=rounds, out=out, device=device, threads=threads)
+        data = run(
+            suite,
+            quick=quick,
+            only="train" if train else only,
+            rounds=rounds,
+            out=out,
+            device=device,
+            threads=threads,
+        )
         # A log file has no width of its own, and the tables need one.
         console = Console(width=None if sys.stdout.isatty() else 120)
         console.print(report.tables(data))

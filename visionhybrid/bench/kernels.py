@@ -8,6 +8,7 @@ The targets are those of the project's kernel milestone, stated before anything 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,7 +42,8 @@ def cases(*, quick: bool = False, only: str | None = None) -> list[Case]:
     }
     if only is not None and only not in suite:
         raise ValueError(f"bench kernels: --only must be one of {', '.join(suite)}, got {only!r}")
-    return [case for name, made in suite.items() if only in (None, name) for case in made]
+    found = [case for name, made in suite.items() if only in (None, name) for case in made]
+    return [replace(case, apart=not quick) for case in found]
 
 
 def _faster(times: float) -> Target:
