@@ -19,7 +19,7 @@ RECORD = Path(__file__).with_name("aot.jsonl")
 EVERYWHERE = {"sparse_linear_attention": 99 * 1024}
 # Bytes of registers spilled per thread: a few are harmless, hundreds mean tiles too large.
 SPILLED = 64
-# Triton 3.6 spills 96 in one kernel of window attention where 3.9 spills none to speak of.
+# Triton 3.6 spills 96 in one kernel of window attention, Triton 3.9 spills 8 there.
 if triton.__version__ < "3.7":
     SPILLED = 128
 
