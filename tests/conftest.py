@@ -40,3 +40,20 @@ def told(monkeypatch):
 
     monkeypatch.setattr(session, "bar", bar)
     return found
+
+
+@pytest.fixture
+def toy_system(monkeypatch):
+    """The made-up system of `toy.py` among those that checkpoints are recognised by."""
+    from toy import TOY
+
+    from visionhybrid.models import registry
+
+    monkeypatch.setitem(registry.SYSTEMS, "toy", TOY)
+
+
+@pytest.fixture
+def toy():
+    from toy import Toy, randomised
+
+    return randomised(Toy(num_classes=5, depth=3))

@@ -11,26 +11,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from toy import TOY, Toy, authors, randomised
+from toy import Toy, authors, randomised, same
 
 import visionhybrid
 from visionhybrid.models import registry
 
-
-@pytest.fixture(autouse=True)
-def toy_system(monkeypatch):
-    monkeypatch.setitem(registry.SYSTEMS, "toy", TOY)
-
-
-@pytest.fixture
-def toy():
-    return randomised(Toy(num_classes=5, depth=3))
-
-
-def same(model, toy):
-    x = torch.randn(2, toy.in_chans, 6, 7)
-    assert not model.training
-    torch.testing.assert_close(model(x), toy(x), rtol=0, atol=0)
+pytestmark = pytest.mark.usefixtures("toy_system")
 
 
 # ---- containers

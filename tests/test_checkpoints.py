@@ -7,28 +7,14 @@ import torch
 from golden import list_cases, load_case
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from toy import TOY, Toy, authors, randomised
+from toy import TOY, Toy, authors, same
 
 import visionhybrid
 from visionhybrid.models import registry
 from visionhybrid.models.checkpoint import UnknownKeysError, rename, save, warm_start
 from visionhybrid.models.restorer import padded
 
-
-@pytest.fixture(autouse=True)
-def toy_system(monkeypatch):
-    monkeypatch.setitem(registry.SYSTEMS, "toy", TOY)
-
-
-@pytest.fixture
-def toy():
-    return randomised(Toy(num_classes=5, depth=3))
-
-
-def same(model, toy):
-    x = torch.randn(2, toy.in_chans, 6, 7)
-    assert not model.training
-    torch.testing.assert_close(model(x), toy(x), rtol=0, atol=0)
+pytestmark = pytest.mark.usefixtures("toy_system")
 
 
 # ---- rename
