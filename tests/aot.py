@@ -429,9 +429,7 @@ def run(operator: str, record: dict[str, dict[str, Any]], all_new: bool = False)
         doubled = [name for name, count in Counter(build.name for build in builds).items() if count > 1]
         assert not doubled, f"{operator}: names that stand twice: {doubled}"
         keys = [front_end(build, target) for build in builds]
-        now = wanted(builds, keys, name, record)
-        if all_new:
-            now = set(keys) - set(record)
+        now = set(keys) - set(record) if all_new else wanted(builds, keys, name, record)
         for build, key in zip(builds, keys, strict=True):
             about = {"key": key, "target": name, "operator": operator, "name": build.name}
             if key in now:

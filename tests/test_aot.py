@@ -20,7 +20,7 @@ EVERYWHERE = {"sparse_linear_attention": 99 * 1024}
 # Bytes of registers spilled per thread: a few are harmless, hundreds mean tiles too large.
 SPILLED = 64
 # Triton 3.6 spills 96 in one kernel of window attention, Triton 3.9 spills 8 there.
-if triton.__version__ < "3.7":
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
     SPILLED = 128
 
 
