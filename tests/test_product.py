@@ -14,7 +14,7 @@ from visionhybrid.mixers.projection import Projection
 @pytest.fixture
 def used(monkeypatch):
     """Counts the calls of oneDNN's operator; where PyTorch's own product is the faster one, it is taken all the same."""
-    if not product._HAS:
+    if not product.HAS_ONEDNN:
         pytest.skip("this PyTorch has no oneDNN")
     calls = []
     whole = product._product

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 from visionhybrid.kernels.precision import autocasting
 
 # Not public, but what inductor makes of `F.linear`; where a torch has it not, the ordinary product serves.
-_HAS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_FASTER = _HAS and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_FASTER = HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,7 +75,7 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, grad.sum(0) if wanted[2] else None
 
 
-if _HAS:
+if HAS_ONEDNN:
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:

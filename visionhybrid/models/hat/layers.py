@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionhybrid.kernels.product import HAS_ONEDNN
 from visionhybrid.kernels.window_attention.bands import suits
 from visionhybrid.models.restorer import working_dtype
 
@@ -43,10 +44,7 @@ def conv_onto(stream: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor
 
 def _fuses(dtype: torch.dtype) -> bool:
     # In float32 it is an eighth faster for the whole network, but its scratch memory raises the peak above half of the peers'.
-    ops = torch.ops.mkldnn
-    if not (torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")):
-        return False
-    return dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported()
+    return HAS_ONEDNN and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def accumulate(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
