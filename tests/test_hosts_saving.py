@@ -8,7 +8,8 @@ import tiny_pipelines as tiny
 import torch
 from golden import load_case
 from published import published
-from safetensors.torch import load, save_file
+from safetensors.torch import load as parse
+from safetensors.torch import save_file
 from test_hosts_diffusers import DOWN, MID, PIPELINES, denoiser, output
 
 import visionhybrid
@@ -81,7 +82,7 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path):
     visionhybrid.attach(unet, "linfusion")
     unet.save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
-    state = load(file.read_bytes())  # not load_file: its tensors would lie in the file that is written over
+    state = parse(file.read_bytes())  # not load_file: its tensors would lie in the file that is written over
     lost = f"{MID}.mixer.to_q_.0.weight"
     save_file({k: v for k, v in state.items() if k != lost}, file)
     with pytest.raises(ValueError, match=f"the checkpoint lacks weights of mixers: {lost}"):

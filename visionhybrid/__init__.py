@@ -22,7 +22,8 @@ _LAZY = {
     "detach": "visionhybrid.hosts",
     "describe": "visionhybrid.hosts",
 }
-__all__ = ["__version__", "models", *_LAZY]
+# resolved by __getattr__ below, which a checker does not follow
+__all__ = ["__version__", "models", *_LAZY]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -116,7 +116,8 @@ class ClassPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         scales = hasattr(self.scheduler, "scale_model_input")  # flow matching's schedulers need not
         x = x.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        for time in self.progress_bar(self.scheduler.timesteps):
+        # torch.compiler.disable, which diffusers has around progress_bar, is typed as any of its own results
+        for time in self.progress_bar(self.scheduler.timesteps):  # pyright: ignore[reportGeneralTypeIssues]
             scaled = self.scheduler.scale_model_input(x, time) if scales else x
             x = self.scheduler.step(self._predict(scaled, time, labels, guidance_scale), time, x).prev_sample
         self.maybe_free_model_hooks()

@@ -11,7 +11,8 @@ _LAZY = {
     "find": "visionhybrid.train.recipes",
     "override": "visionhybrid.train.config",
 }
-__all__ = ["find", "override", "run", "validate"]
+# resolved by __getattr__ below, which a checker does not follow
+__all__ = ["find", "override", "run", "validate"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
