@@ -74,6 +74,9 @@ def test_weights_with_a_foreign_or_missing_tensor_are_refused(tmp_path):
     save_file({k: v for k, v in state.items() if k != "0.to_k_.3.weight"}, file)
     with pytest.raises(ValueError, match=r"Missing key.* \"to_k_.3.weight\""):
         visionhybrid.attach(unet, "linfusion", weights=tmp_path)
+    save_file({**state, "0.to_q.weight": state["0.to_q.weight"] * torch.nan}, file)
+    with pytest.raises(ValueError, match=r"1 of \d+ tensors hold NaN or infinity: 0.to_q.weight"):
+        visionhybrid.attach(unet, "linfusion", weights=tmp_path)
     assert not visionhybrid.describe(unet).mixed
 
 
@@ -206,7 +209,7 @@ def test_rules_need_a_size():
         visionhybrid.attach(unet, "linfusion", layers="tokens > 64")
     for size in (-3, (4, 16, 8), ()):
         with pytest.raises(
-            ValueError, match="sample_size of UNet2DConditionModel is 2 positive numbers, got"
+            ValueError, match=r"^sample_size of UNet2DConditionModel is \(height, width\), each positive, got"
         ):
             visionhybrid.attach(unet, "linfusion", sample_size=size)
     report = visionhybrid.attach(unet, "linfusion", layers="tokens > 64", sample_size=(16, 8))

@@ -203,6 +203,11 @@ def test_weights_of_clear_are_whole_or_refused(tmp_path, monkeypatch):
         (named, dict(radius=16), "these weights have radius 8, got 16"),
         (lost, dict(radius=8), f"{DOUBLE} lacks to_out.0.bias"),
         ({**state, "x_embedder.weight": torch.ones(1)}, dict(radius=8), "no place for x_embedder.weight"),
+        (
+            {**state, f"{DOUBLE}.to_q.bias": torch.tensor([torch.nan, torch.inf])},
+            dict(radius=8),
+            rf"^the weights given: 1 of \d+ tensors hold NaN or infinity: {DOUBLE}\.to_q\.bias \(2\)$",
+        ),
         (tmp_path / "nothing.safetensors", {}, "is no file"),
         ("nowhere/nothing.safetensors", {}, "is no file"),
     ]:

@@ -143,6 +143,12 @@ def test_grafted_dits_of_the_authors(name):
     with pytest.raises(ValueError, match="give num_attention_heads="):
         read_dit(state)
     state["pos_embed"] = _positions(kwargs["hidden_size"], grid, grid[0])
+    damaged = {
+        **state,
+        "blocks.0.adaLN_modulation.1.bias": torch.full((6 * kwargs["hidden_size"],), torch.nan),
+    }
+    with pytest.raises(ValueError, match=r"hold NaN or infinity: blocks\.0\.adaLN_modulation\.1\.bias \("):
+        read_dit(damaged, num_attention_heads=kwargs["num_heads"])
     model = read_dit(state, num_attention_heads=kwargs["num_heads"])
     model.positions.copy_(drawn)
     with torch.no_grad():
@@ -218,10 +224,15 @@ def test_labels_by_name_and_number():
         pipe()
 
 
-def test_mixers_come_and_go(tmp_path):
+def test_mixers_come_and_go(tmp_path, caplog):
     model = tiny()
     before = model(*inputs()).sample
+    with pytest.raises(
+        ValueError, match=r"sample_size of HybridDiT is \(height, width\), each positive, got \(1, 8, 8\)"
+    ):
+        visionhybrid.attach(model, "linfusion", sample_size=(1, 8, 8))
     report = visionhybrid.attach(model, "linfusion", layers="blocks.1", mid_dim=4)
+    assert "1 of 2 mixers do more work than softmax attention at this size" in caplog.text
     assert [(row.name, row.mixer) for row in report.rows] == [
         ("blocks.0.attn", "softmax"),
         ("blocks.1.attn", "linfusion"),

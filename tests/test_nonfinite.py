@@ -100,7 +100,13 @@ def test_every_other_door(damaged, tmp_path):
     name, options = "vh_nextvit_small", nextvit_digits().model.options
     model = timm.create_model(name, num_classes=3, **options)
     model.head.fc.bias.data[1] = torch.nan
-    path = save(model, tmp_path / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(
+        ValueError, match=r"^save: 1 of \d+ .*: head.fc.bias \(1\); save\(..., allow_nonfinite=True\)"
+    ):
+        save(model, path)
+    assert not path.exists()
+    save(model, path, allow_nonfinite=True)
     with pytest.raises(ValueError, match=r"head.fc.bias \(1\)"):
         load_as(name, path, **options)
     with pytest.raises(ValueError, match=r"head.fc.bias \(1\)"):

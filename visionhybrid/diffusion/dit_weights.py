@@ -20,8 +20,7 @@ from torch import Tensor
 
 from visionhybrid.diffusion.hybrid_dit import HybridDiT
 from visionhybrid.models.checkpoint import rename
-from visionhybrid.models.checkpoint.containers import clean, unwrap
-from visionhybrid.models.checkpoint.files import read
+from visionhybrid.models.checkpoint.foreign import read_state
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # width -> heads, of DiT-S, -B, -L, -XL
 RULES = (
@@ -48,9 +47,9 @@ def read_dit(
     Args:
         source: file (opened safely), or a state dict.
         num_attention_heads: known for DiT's own widths; a file does not say it.
-    Raises: ValueError: not a DiT, a width whose heads are not known, or positions that are not DiT's table.
+    Raises: ValueError: not a DiT, NaN or infinity in it, a width whose heads are not known, or positions that are not DiT's table.
     """
-    state = source if isinstance(source, Mapping) else clean(unwrap(read(source).content).state)
+    state = read_state(source)
     try:
         renamed = rename(state, RULES)
         options = _options(renamed, num_attention_heads)

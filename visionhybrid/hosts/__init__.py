@@ -14,13 +14,14 @@ How it is built
     diffusers/      the diffusers host: see its docstring for how an attention family is added
     timm/           the same for timm's vision transformers
 
-A host is a module with `attach`, `detach` and `describe` of the signatures below, and `attention(model, sample_size)`, the model's
-`Layer`s, those with a mixer as if they had none. It is found by the library that the model's
-class comes from, so nothing is imported before it is needed.
+A host is a module with `attach`, `detach` and `describe` of the signatures below, and `attention(model, sample_size)`, which lists
+the model's `Layer`s, those that have a mixer as if they had none. The host is found by the library that the model's class comes
+from, so nothing is imported before it is needed.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from importlib import import_module
 from os import PathLike
@@ -28,11 +29,13 @@ from types import ModuleType
 from typing import Any
 
 from visionhybrid.hosts.choice import Choice, choices_for
-from visionhybrid.hosts.layers import Selector
+from visionhybrid.hosts.layers import SampleSize, Selector
 from visionhybrid.hosts.plan import Mixers
 from visionhybrid.hosts.report import Report
 
 __all__ = ["attach", "choices", "describe", "detach"]
+
+logger = logging.getLogger(__name__)
 
 # package of a model's class -> module of its host
 HOSTS = {
@@ -48,10 +51,12 @@ def attach(
     *,
     layers: Selector | None = None,
     weights: str | PathLike[str] | Mapping[str, Any] | None = None,
-    sample_size: int | tuple[int, ...] | None = None,
+    sample_size: SampleSize = None,
     **options: Any,
 ) -> Report:
     """Replace attention of `model` by mixers, in place. Projections, LoRA, adapters and everything else stay the model's own.
+
+    Logs a warning where mixers do more work than softmax attention would at this size.
 
     Args:
         model: a model of a supported library, or a diffusers pipeline, whose denoisers are then meant.
@@ -70,9 +75,12 @@ def attach(
         ValueError: no such mixer, option or layer; a layer that cannot be replaced, by name and with the reason; weights that
             do not fit. The model is then as it was.
     """
-    return _host(model).attach(
+    report = _host(model).attach(
         model, mixer, layers=layers, weights=weights, sample_size=sample_size, **options
     )
+    if report.slower:
+        logger.warning("%s: %s", report.model, report.warning)
+    return report
 
 
 def detach(model: Any, *, layers: Selector | None = None) -> Report:
@@ -86,12 +94,12 @@ def detach(model: Any, *, layers: Selector | None = None) -> Report:
     return _host(model).detach(model, layers=layers)
 
 
-def describe(model: Any, *, sample_size: int | tuple[int, ...] | None = None) -> Report:
+def describe(model: Any, *, sample_size: SampleSize = None) -> Report:
     """Every attention of `model`: its mixer, or that it can take one, or why not. Print it, or read its `rows`."""
     return _host(model).describe(model, sample_size=sample_size)
 
 
-def choices(model: Any, *, sample_size: int | tuple[int, ...] | None = None) -> list[Choice]:
+def choices(model: Any, *, sample_size: SampleSize = None) -> list[Choice]:
     """What each registered mixer could replace in `model`, what that saves at this size, and from which size on it saves."""
     return choices_for(_host(model).attention(model, sample_size))
 
@@ -103,5 +111,5 @@ def _host(model: Any) -> ModuleType:
             if f"{cls.__module__}.".startswith(f"{package}."):
                 return import_module(host)
     raise ValueError(
-        f"attach: no host knows {type(model).__module__}.{type(model).__name__}; have {', '.join(HOSTS)}"
+        f"no host knows {type(model).__module__}.{type(model).__name__}; there are hosts for {', '.join(HOSTS)}"
     )

@@ -9,7 +9,7 @@ import torch
 
 from visionhybrid import mixers
 from visionhybrid.hosts.layers import Layer
-from visionhybrid.hosts.plan import Part, check
+from visionhybrid.hosts.plan import Part, misfit
 
 __all__ = ["Choice", "choices_for"]
 
@@ -36,13 +36,8 @@ def choices_for(layers: Sequence[Layer]) -> list[Choice]:
 
 
 def _choice(name: str, layers: Sequence[Layer]) -> Choice:
-    fits, reason = [], ""
-    for layer in layers:
-        try:
-            check(Part(layer, name))
-            fits.append(layer)
-        except ValueError as error:
-            reason = reason or str(error).removeprefix("attach: ")
+    reasons = [misfit(Part(layer, name)) for layer in layers]
+    fits = [layer for layer, reason in zip(layers, reasons, strict=True) if reason is None]
     spent = full = 0
     crossings: set[int | None] = set()
     for layer, count in _alike(fits):
@@ -59,7 +54,7 @@ def _choice(name: str, layers: Sequence[Layer]) -> Choice:
         purpose=about.purpose,
         training_free=about.training_free,
         layers=len(fits),
-        reason=reason,
+        reason=next(filter(None, reasons), ""),
         speedup=full / spent if spent else None,
         crossover=None if None in crossings else max((c for c in crossings if c), default=None),
     )

@@ -14,7 +14,10 @@ from torch import nn
 
 from visionhybrid.mixers import Mixer, create
 
-__all__ = ["Layer", "Selector", "choose"]
+__all__ = ["IMAGE_SIDES", "VIDEO_SIDES", "Layer", "SampleSize", "Selector", "choose", "sides"]
+
+SampleSize = int | tuple[int, ...] | None
+IMAGE_SIDES, VIDEO_SIDES = ("height", "width"), ("frames", "height", "width")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,21 @@ class Layer:
             return None
         full = create("softmax", dim=self.dim, heads=self.heads, head_dim=self.head_dim)
         return full.cost(grid=self.grid).macs / max(mixer.cost(grid=self.grid).macs, 1)
+
+
+def sides(model: nn.Module, size: SampleSize, names: Sequence[str] = IMAGE_SIDES) -> tuple[int, ...] | None:
+    """A caller's `sample_size` as one number for each of `names`, or None for the model's own; one number means a square.
+
+    Raises:
+        ValueError: other numbers.
+    """
+    if size is None:
+        return None
+    found = (size, size) if isinstance(size, int) else tuple(size)
+    if len(found) != len(names) or min(found) < 1:
+        wanted = ", ".join(names)
+        raise ValueError(f"sample_size of {type(model).__name__} is ({wanted}), each positive, got {size}")
+    return found
 
 
 Selector = str | Callable[[Layer], bool] | Sequence["Selector"]

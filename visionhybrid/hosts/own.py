@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from visionhybrid.hosts.layers import Layer, Selector, choose
+from visionhybrid.hosts.layers import Layer, SampleSize, Selector, choose, sides
 from visionhybrid.hosts.plan import Mixers, plan
 from visionhybrid.hosts.report import Report, row_of
 from visionhybrid.mixers import Mixer
@@ -26,7 +26,7 @@ def attach(
     *,
     layers: Selector | None = None,
     weights: str | PathLike[str] | Mapping[str, Any] | None = None,
-    sample_size: int | tuple[int, ...] | None = None,
+    sample_size: SampleSize = None,
     **options: Any,
 ) -> Report:
     """See `visionhybrid.attach`."""
@@ -59,14 +59,14 @@ def detach(model: Any, *, layers: Selector | None = None) -> Report:
     return describe(model)
 
 
-def describe(model: Any, *, sample_size: int | tuple[int, ...] | None = None) -> Report:
+def describe(model: Any, *, sample_size: SampleSize = None) -> Report:
     """See `visionhybrid.describe`. The mixers that a model was made with are listed as well."""
     model = _transformer(model)
-    rows = [row_of(layer, _mixer(layer)) for layer in _layers(model, sample_size)]
+    rows = [row_of(layer, cast(Any, layer.module).mixer) for layer in _layers(model, sample_size)]
     return Report(type(model).__name__, rows)
 
 
-def attention(model: Any, sample_size: int | tuple[int, ...] | None = None) -> list[Layer]:
+def attention(model: Any, sample_size: SampleSize = None) -> list[Layer]:
     """See `visionhybrid.hosts`."""
     return _layers(_transformer(model), sample_size)
 
@@ -77,10 +77,10 @@ def _transformer(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def _layers(model: Any, size: int | tuple[int, ...] | None) -> list[Layer]:
+def _layers(model: Any, size: SampleSize) -> list[Layer]:
     if not hasattr(model, "note_mixers"):
-        raise ValueError(f"attach: {type(model).__name__} has no attention that a mixer could replace")
-    grid = model.grid_of((size, size) if isinstance(size, int) else size)
+        raise ValueError(f"{type(model).__name__} has no attention that a mixer could replace")
+    grid = model.grid_of(sides(model, size))
     return [
         Layer(
             name=name,
@@ -94,10 +94,6 @@ def _layers(model: Any, size: int | tuple[int, ...] | None) -> list[Layer]:
         for name, module in model.named_modules()
         if isinstance(mixer := module._modules.get("mixer"), Mixer)
     ]
-
-
-def _mixer(layer: Layer) -> Any:
-    return layer.module.mixer
 
 
 def _kept(model: nn.Module) -> dict[str, nn.Module]:

@@ -9,7 +9,7 @@ from typing import Any
 from visionhybrid import mixers
 from visionhybrid.hosts.layers import Layer, Selector, choose
 
-__all__ = ["Mixers", "Part", "check", "plan"]
+__all__ = ["Mixers", "Part", "misfit", "plan"]
 
 Mixers = str | Mapping[str, str | tuple[str, Mapping[str, Any]]]
 
@@ -50,7 +50,8 @@ def plan(
     if not parts:
         raise ValueError(f"attach: layers={selector!r} selects none of {len(layers)} attention modules")
     for part in parts:
-        check(part)
+        if reason := misfit(part):
+            raise ValueError(f"attach: {reason}")
     return parts
 
 
@@ -63,21 +64,16 @@ def _first_match(layers: Sequence[Layer], chosen: Sequence[Layer], table: Mappin
     return [found[layer.name] for layer in chosen if layer.name in found]
 
 
-def check(part: Part) -> None:
-    """ValueError unless the mixer can do with what its layer offers."""
+def misfit(part: Part) -> str | None:
+    """Why the mixer cannot do with what its layer offers; None if it can."""
     layer, about = part.layer, mixers.about(part.mixer)
     if about.grids and layer.axes not in about.grids:
         axes = " or ".join(map(str, about.grids))
-        raise ValueError(f"attach: {layer.name} has a grid of {layer.axes} axes, {part.mixer} takes {axes}")
+        return f"{layer.name} has a grid of {layer.axes} axes, {part.mixer} takes {axes}"
     if layer.joint and not about.text:
-        raise ValueError(
-            f"attach: {layer.name} mixes text and image tokens together, which {part.mixer} cannot"
-        )
+        return f"{layer.name} mixes text and image tokens together, which {part.mixer} cannot"
     if hasattr(about.mixer, "beside") and not layer.beside:
-        raise ValueError(
-            f"attach: {part.mixer} adds something of the hidden states, and {layer.name} has several kinds of them"
-        )
+        return f"{part.mixer} adds something of the hidden states, and {layer.name} has several kinds of them"
     if layer.masked and not about.masks:
-        raise ValueError(
-            f"attach: {layer.name} is called with a mask of padded text, which {part.mixer} cannot honour"
-        )
+        return f"{layer.name} is called with a mask of padded text, which {part.mixer} cannot honour"
+    return None

@@ -17,7 +17,6 @@ known, and a `Family` of the three, named in `family._families`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from os import PathLike
@@ -28,12 +27,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
 from visionhybrid.hosts.diffusers import core, published
-from visionhybrid.hosts.diffusers.family import as_pair, family_of
-from visionhybrid.hosts.layers import Layer, Selector, choose
+from visionhybrid.hosts.diffusers.family import family_of
+from visionhybrid.hosts.layers import Layer, SampleSize, Selector, choose, sides
 from visionhybrid.hosts.plan import Mixers, plan
 from visionhybrid.hosts.report import Report, Row, row_of
-
-logger = logging.getLogger(__name__)
 
 __all__ = ["attach", "attention", "describe", "detach"]
 
@@ -47,7 +44,7 @@ def attach(
     *,
     layers: Selector | None = None,
     weights: str | PathLike[str] | Mapping[str, Any] | None = None,
-    sample_size: int | tuple[int, ...] | None = None,
+    sample_size: SampleSize = None,
     **options: Any,
 ) -> Report:
     """See `visionhybrid.attach`."""
@@ -70,10 +67,7 @@ def attach(
     for denoiser, parts, tensors, name, rest in work:
         core.install(denoiser, parts, tensors, name, rest)
     _refresh(model)
-    report = describe(model, sample_size=sample_size)
-    if report.slower:
-        logger.warning("%s: %s", report.model, report.warning)
-    return report
+    return describe(model, sample_size=sample_size)
 
 
 def detach(model: Any, *, layers: Selector | None = None) -> Report:
@@ -91,7 +85,7 @@ def detach(model: Any, *, layers: Selector | None = None) -> Report:
     return describe(model)
 
 
-def describe(model: Any, *, sample_size: int | tuple[int, ...] | None = None) -> Report:
+def describe(model: Any, *, sample_size: SampleSize = None) -> Report:
     """See `visionhybrid.describe`."""
     rows, names = [], []
     for denoiser in _denoisers(model):
@@ -102,7 +96,7 @@ def describe(model: Any, *, sample_size: int | tuple[int, ...] | None = None) ->
     return Report(", ".join(names), rows)
 
 
-def attention(model: Any, sample_size: int | tuple[int, ...] | None = None) -> list[Layer]:
+def attention(model: Any, sample_size: SampleSize = None) -> list[Layer]:
     """See `visionhybrid.hosts`."""
     return [layer for denoiser in _denoisers(model) for layer in _layers(denoiser, sample_size)]
 
@@ -115,7 +109,7 @@ def _denoisers(model: Any) -> Iterator[nn.Module]:
         known = [part for part in found if family_of(part)]
         if not known:
             classes = ", ".join(type(part).__name__ for part in found) or "no denoiser"
-            raise ValueError(f"attach: no mixer fits {type(model).__name__} ({classes})")
+            raise ValueError(f"{type(model).__name__}: no mixer fits what denoises in it ({classes})")
         yield from known
         return
     yield getattr(model, "_orig_mod", model)
@@ -129,19 +123,13 @@ def _refresh(model: Any) -> None:
                 setattr(model, name, getattr(model, name))
 
 
-def _layers(model: nn.Module, sample_size: int | tuple[int, ...] | None) -> list[Layer]:
+def _layers(model: nn.Module, sample_size: SampleSize) -> list[Layer]:
     """The model's layers at a caller's size, or its config's."""
-    size = as_pair(sample_size)
-    layers = core.family(model).layers(model, size)
-    axes = max((layer.axes for layer in layers), default=2)
-    if size is not None and (len(size) != axes or min(size) < 1):
-        raise ValueError(
-            f"attach: sample_size of {type(model).__name__} is {axes} positive numbers, got {size}"
-        )
-    return layers
+    kind = core.family(model)
+    return kind.layers(model, sides(model, sample_size, kind.sides))
 
 
-def _marked(model: nn.Module, size: int | tuple[int, ...] | None) -> list[Layer]:
+def _marked(model: nn.Module, size: SampleSize) -> list[Layer]:
     """The model's layers; those that have a mixer already cannot get another."""
     held = core.state_of(model).layers
     return [

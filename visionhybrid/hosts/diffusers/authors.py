@@ -10,22 +10,16 @@ names, `blocks.<i>.self_attn.attn_op.local_attn.proj_l.*` among them; share of b
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from visionhybrid.hosts.layers import Layer
 from visionhybrid.hosts.plan import Part
 
-__all__ = ["clear", "open_file", "turbodiffusion"]
+__all__ = ["clear", "turbodiffusion"]
 
 Tensors = dict[str, dict[str, Tensor]]  # layer -> {key: tensor}
 _CLEAR_KEY = re.compile(
@@ -50,32 +44,14 @@ _WAN = tuple(
         (r"(blocks\.\d+)\.cross_attn\.([qkv])\.(\w+)", r"\1.attn2.to_\2.\3"),
         (r"(blocks\.\d+)\.cross_attn\.o\.(\w+)", r"\1.attn2.to_out.0.\2"),
         (r"(blocks\.\d+)\.cross_attn\.(norm_[qk]\.weight)", r"\1.attn2.\2"),
-        (
-            r"(blocks\.\d+)\.norm3\.(\w+)",
-            r"\1.norm2.\2",
-        ),  # the one with an affine map, before cross attention
+        # the one with an affine map, before cross attention
+        (r"(blocks\.\d+)\.norm3\.(\w+)", r"\1.norm2.\2"),
         (r"(blocks\.\d+)\.ffn\.0\.(\w+)", r"\1.ffn.net.0.proj.\2"),
         (r"(blocks\.\d+)\.ffn\.2\.(\w+)", r"\1.ffn.net.2.\2"),
         (r"head\.head\.(\w+)", r"proj_out.\1"),
         (r"head\.modulation", r"scale_shift_table"),
     )
 )
-
-
-def open_file(source: str | PathLike[str]) -> dict[str, Tensor]:
-    """{key: tensor} of a .safetensors file, or of one that `torch.save` wrote; nothing in it is executed."""
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise ValueError(f"attach: weights={str(source)!r} is no file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: no file of weights: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected {{key: tensor}}, got {type(state).__name__}")
-    return dict(state)
 
 
 def clear(

@@ -21,7 +21,8 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair, does_more, halved, layers_of
+from visionhybrid.hosts.diffusers.arguments import Call, added, argument
+from visionhybrid.hosts.diffusers.family import Family, Sides, as_pair, does_more, halved, layers_of
 from visionhybrid.hosts.diffusers.parallel import GATHER, TOKENS, Plan, group_of
 from visionhybrid.hosts.layers import Layer
 from visionhybrid.mixers.sharding import mix
@@ -112,9 +113,7 @@ def _project(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q if attn.norm_q is None else attn.norm_q(q), k if attn.norm_k is None else attn.norm_k(k), v
 
 
-def _find(
-    model: nn.Module, size: SampleSize, grid_of: Callable[[str], tuple[int, ...] | None]
-) -> list[Layer]:
+def _find(model: nn.Module, grid_of: Callable[[str], tuple[int, ...] | None]) -> list[Layer]:
     """Every `Attention` of `model`; `grid_of(name)` gives the sides of its map."""
 
     def facts(name: str, module: Any) -> dict[str, Any]:
@@ -146,7 +145,7 @@ def _reason(name: str, attn: Attention, owner: nn.Module) -> str | None:
     return does_more(attn, PLAIN)
 
 
-def _unet_layers(model: nn.Module, size: SampleSize) -> list[Layer]:
+def _unet_layers(model: nn.Module, size: Sides) -> list[Layer]:
     config: Any = model.config
     size = size or as_pair(config.sample_size)
     sizes = [size]
@@ -162,14 +161,14 @@ def _unet_layers(model: nn.Module, size: SampleSize) -> list[Layer]:
             return sizes[-1]
         return sizes[int(number) if part == "down_blocks" else levels - 1 - int(number)]
 
-    return _find(model, size, grid_of)
+    return _find(model, grid_of)
 
 
-def _transformer_layers(model: nn.Module, size: SampleSize) -> list[Layer]:
+def _transformer_layers(model: nn.Module, size: Sides) -> list[Layer]:
     config: Any = model.config
     size = size or as_pair(config.sample_size)
     grid = None if size is None else tuple(n // config.patch_size for n in size)
-    return _find(model, size, lambda name: grid)
+    return _find(model, lambda name: grid)
 
 
 def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
@@ -190,10 +189,10 @@ def _hooks(model: nn.Module, names: set[str]) -> list[Any]:
     return handles
 
 
-# class -> place of cross_attention_kwargs among the arguments of its forward
+_KWARGS = "cross_attention_kwargs"
+# class -> its place among the arguments of forward
 _KWARGS_AT = {Transformer2DModel: 5, DiTTransformer2DModel: 3, PixArtTransformer2DModel: 4}
 _KWARGS_OF_BLOCK = 5
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def _patch(module: Any) -> int:
@@ -205,26 +204,20 @@ def _patch(module: Any) -> int:
 
 def _add_grid(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, patch: int, position: int
-) -> Arguments:
-    sample = args[0] if args else kwargs["hidden_states"]
+) -> Call:
+    sample = argument(args, kwargs, 0, "hidden_states")
     if sample.ndim != 4:  # discrete latents come as (B, N)
         return args, kwargs
-    return _add(args, kwargs, position, grid=(sample.shape[2] // patch, sample.shape[3] // patch))
+    grid = sample.shape[2] // patch, sample.shape[3] // patch
+    return added(args, kwargs, position, _KWARGS, {"grid": grid})
 
 
-def _add_metric(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    return _add(args, kwargs, _KWARGS_OF_BLOCK, metric=args[0] if args else kwargs["hidden_states"])
+def _add_metric(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    metric = argument(args, kwargs, 0, "hidden_states")
+    return added(args, kwargs, _KWARGS_OF_BLOCK, _KWARGS, {"metric": metric})
 
 
-def _add(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, **extra: Any) -> Arguments:
-    """`extra` added to a copy of cross_attention_kwargs, wherever that is."""
-    if len(args) > position:
-        return (*args[:position], {**(args[position] or {}), **extra}, *args[position + 1 :]), kwargs
-    given = kwargs.get("cross_attention_kwargs") or {}
-    return args, {**kwargs, "cross_attention_kwargs": {**given, **extra}}
-
-
-def _drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+def _drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     return args, {key: value for key, value in kwargs.items() if key not in ("grid", "metric")}
 
 

@@ -12,10 +12,10 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from visionhybrid.hosts.diffusers.arguments import Call, added, argument, drop
-from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more, hook_others, layers_of
+from visionhybrid.hosts.diffusers.family import Family, Sides, does_more, hook_others, layers_of
 from visionhybrid.hosts.diffusers.joint import VideoJointProcessor
 from visionhybrid.hosts.diffusers.parallel import GATHER, TOKENS, rotary
-from visionhybrid.hosts.layers import Layer
+from visionhybrid.hosts.layers import VIDEO_SIDES, Layer
 
 __all__ = ["FAMILIES"]
 
@@ -24,11 +24,9 @@ PLAIN = frozenset({"CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"
 HIDDEN, ENCODER, KWARGS = 0, 1, 6
 
 
-def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
+def _layers(model: nn.Module, size: Sides) -> list[Layer]:
     """`size` in elements of the latent video, (frames, height, width)."""
     config: Any = model.config
-    if size is not None and len(size) != 3:
-        raise ValueError(f"attach: sample_size of a video model is (frames, height, width), got {size}")
     if size is None:
         frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
         size = (frames, config.sample_height, config.sample_width)
@@ -64,6 +62,7 @@ FAMILIES = (
         processor=lambda module: VideoJointProcessor(),
         hooks=_hooks,
         plain=PLAIN,
+        sides=VIDEO_SIDES,
         cp_plan=lambda model: {
             "": {"image_rotary_emb": [rotary(), rotary()]},
             "transformer_blocks.0": {"hidden_states": TOKENS, "encoder_hidden_states": TOKENS},

@@ -63,9 +63,7 @@ def family(model: nn.Module) -> Family:
     """ValueError for a model whose attention no family knows."""
     found = family_of(model)
     if found is None:
-        raise ValueError(
-            f"attach: {type(model).__name__} is not supported; have {', '.join(sorted(known_models()))}"
-        )
+        raise ValueError(f"{type(model).__name__} is not supported; have {', '.join(sorted(known_models()))}")
     return found
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from visionhybrid.hosts.diffusers.parallel import Plan
-from visionhybrid.hosts.layers import Layer
+from visionhybrid.hosts.layers import IMAGE_SIDES, Layer
 
-__all__ = ["Family", "SampleSize", "attention_of", "does_more", "family_of", "hook_others", "layers_of"]
+__all__ = ["Family", "Sides", "attention_of", "does_more", "family_of", "hook_others", "layers_of"]
 
-SampleSize = tuple[int, ...] | None
+Sides = tuple[int, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +30,18 @@ class Family:
         hooks: (model, names of the layers that have a mixer) -> handles of the hooks that tell processors the grid. A grid
             has to travel as an argument, not as state: a checkpointed layer runs again when other sizes may have come by.
         plain: names of diffusers' processors that compute nothing but the attention which a mixer replaces.
+        sides: what the numbers of a sample size are.
         adapt: (attention with a mixer, processor that is to be set there) -> one that runs the mixer and does what that one
             does beside attention; or that one, which is then refused. It may have `release()`, what `detach` leaves behind.
         cp_plan: model -> how ranks share its tokens (`parallel.py`), where diffusers has no plan. ValueError: they cannot.
     """
 
     models: tuple[str, ...]
-    layers: Callable[[nn.Module, SampleSize], list[Layer]]
+    layers: Callable[[nn.Module, Sides], list[Layer]]
     processor: Callable[[nn.Module], Any]
     hooks: Callable[[nn.Module, set[str]], list[Any]]
     plain: frozenset[str]
+    sides: tuple[str, ...] = IMAGE_SIDES
     adapt: Callable[[Any, Any], Any] = lambda attn, processor: processor
     cp_plan: Callable[[Any], Plan] = lambda model: model._cp_plan
 

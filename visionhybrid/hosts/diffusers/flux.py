@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from visionhybrid.hosts.diffusers.arguments import Call, added, argument, drop
-from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more, hook_others, layers_of
+from visionhybrid.hosts.diffusers.family import Family, Sides, does_more, hook_others, layers_of
 from visionhybrid.hosts.diffusers.joint import JointProcessor
 from visionhybrid.hosts.layers import Layer
 
@@ -57,9 +57,8 @@ class FluxIPMixerProcessor(FluxIPAdapterAttnProcessor):
         )
         if ip_hidden_states is None:
             return out  # pyright: ignore[reportReturnType]
-        q = attn.norm_q(attn.to_q(hidden_states).unflatten(2, (attn.heads, -1))).transpose(
-            1, 2
-        )  # not rotated
+        q = attn.norm_q(attn.to_q(hidden_states).unflatten(2, (attn.heads, -1)))
+        q = q.transpose(1, 2)  # not rotated
         seen = torch.zeros_like(out[0])
         for tokens, scale, to_k, to_v in zip(
             ip_hidden_states, self.scale, self.to_k_ip, self.to_v_ip, strict=True
@@ -88,7 +87,7 @@ def _adapt(attn: Any, processor: Any) -> Any:
     return processor
 
 
-def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
+def _layers(model: nn.Module, size: Sides) -> list[Layer]:
     """`size` in latent pixels, of which two by two are packed to a token."""
     grid = None if size is None else tuple(side // 2 for side in size)
     return layers_of(
@@ -129,7 +128,7 @@ def _sides(ids: Tensor) -> tuple[int, int]:
     ).tolist()
     if frames or run != width or len(ids) % width:
         raise ValueError(
-            "attach: img_ids are not one image row by row (a second one beside it, as in Flux Kontext, has no place in a "
+            "Flux: img_ids are not one image row by row (a second one beside it, as in Flux Kontext, has no place in a "
             "grid); use a mixer that needs none"
         )
     return len(ids) // width, width

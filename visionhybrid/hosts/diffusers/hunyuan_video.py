@@ -13,21 +13,19 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from visionhybrid.hosts.diffusers.arguments import Call, argument
-from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more, hook_others, layers_of
+from visionhybrid.hosts.diffusers.family import Family, Sides, does_more, hook_others, layers_of
 from visionhybrid.hosts.diffusers.joint import VideoJointProcessor
 from visionhybrid.hosts.diffusers.parallel import GATHER, TOKENS, Plan, rotary
-from visionhybrid.hosts.layers import Layer
+from visionhybrid.hosts.layers import VIDEO_SIDES, Layer
 
 __all__ = ["FAMILIES"]
 
 PLAIN = frozenset({"HunyuanVideoAttnProcessor2_0"})
 
 
-def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
+def _layers(model: nn.Module, size: Sides) -> list[Layer]:
     """`size` in elements of the latent video, (frames, height, width)."""
     config: Any = model.config
-    if size is not None and len(size) != 3:
-        raise ValueError(f"attach: sample_size of a video model is (frames, height, width), got {size}")
     patch = (config.patch_size_t, config.patch_size, config.patch_size)
     grid = None if size is None else tuple(n // p for n, p in zip(size, patch, strict=True))
 
@@ -74,6 +72,7 @@ FAMILIES = (
         processor=lambda module: VideoJointProcessor(),
         hooks=_hooks,
         plain=PLAIN,
+        sides=VIDEO_SIDES,
         cp_plan=_cp_plan,
     ),
 )

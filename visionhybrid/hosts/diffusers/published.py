@@ -10,12 +10,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from visionhybrid.hosts.diffusers import authors
 from visionhybrid.hosts.layers import Layer
 from visionhybrid.hosts.plan import Mixers, Part
+from visionhybrid.models.checkpoint.foreign import read_state
 
 __all__ = ["Published", "read"]
 
@@ -50,7 +50,7 @@ def read(
         source: for "linfusion" a folder, or the name of a Hugging Face repository, with config.json and safetensors file; for
             "clear" and "sla" a file or an open {key: tensor}, for "clear" also a repository that has the authors' file names.
     Raises:
-        ValueError: no weights of this mixer are known, or they are another model's.
+        ValueError: no weights of this mixer are known, they are another model's, or some are NaN or infinite.
         FileNotFoundError: the repository could not be fetched; says which files to put where.
     """
     name = "the weights given" if isinstance(source, Mapping) else str(source)
@@ -63,11 +63,9 @@ def read(
             name = f"clear_local_{options.get('radius', 16)}"
             name += f"_down_{options['down']}.safetensors" if options.get("down", 1) > 1 else ".safetensors"
             source = _fetch(source, name) / name
-        state = source if isinstance(source, Mapping) else authors.open_file(source)
-        return Published(name, *authors.clear(name, state, layers, options))
+        return Published(name, *authors.clear(name, _state(source, name), layers, options))
     if mixer == "sla":
-        state = source if isinstance(source, Mapping) else authors.open_file(source)
-        return Published(name, *authors.turbodiffusion(name, state, layers, options, model))
+        return Published(name, *authors.turbodiffusion(name, _state(source, name), layers, options, model))
     if mixer != "linfusion":
         raise ValueError(
             f"attach: no published layout of weights is known for {mixer!r}; have linfusion, clear, sla"
@@ -81,8 +79,14 @@ def read(
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: no readable {CONFIG} of LinFusion: {error}") from error
-    state = load_file(folder / WEIGHTS)
-    return linfusion(str(source), config, state, layers)
+    return linfusion(name, config, read_state(folder / WEIGHTS), layers)
+
+
+def _state(source: str | PathLike[str] | Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """The tensors of a file, or those given, which go by `name` in messages."""
+    if not isinstance(source, Mapping) and not Path(source).expanduser().is_file():
+        raise ValueError(f"attach: weights={str(source)!r} is no file")
+    return read_state(source, where=name)
 
 
 def linfusion(

@@ -20,7 +20,7 @@ from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import Tensor, nn
 
 from visionhybrid.hosts.diffusers.arguments import Call, argument
-from visionhybrid.hosts.diffusers.family import Family, SampleSize, as_pair, does_more, layers_of
+from visionhybrid.hosts.diffusers.family import Family, Sides, as_pair, does_more, layers_of
 from visionhybrid.hosts.diffusers.parallel import GATHER, TOKENS, group_of
 from visionhybrid.hosts.layers import Layer
 from visionhybrid.mixers.base import Halo
@@ -62,7 +62,7 @@ class SanaMixerProcessor:
         return out.clip(-65504, 65504) if out.dtype == torch.float16 else out
 
 
-def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
+def _layers(model: nn.Module, size: Sides) -> list[Layer]:
     """`size` in latent pixels; a token is a patch of them."""
     config: Any = model.config
     size = size or as_pair(config.sample_size)

@@ -14,7 +14,7 @@ from torch import nn
 from visionhybrid.hosts.diffusers.arguments import Call, added, argument, drop
 from visionhybrid.hosts.diffusers.family import (
     Family,
-    SampleSize,
+    Sides,
     as_pair,
     attention_of,
     does_more,
@@ -32,7 +32,7 @@ PLAIN = frozenset({"JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"})
 HIDDEN, ENCODER, KWARGS = 0, 1, 5
 
 
-def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
+def _layers(model: nn.Module, size: Sides) -> list[Layer]:
     """`size` in latent pixels; a token is a patch of them."""
     config: Any = model.config
     size = size or as_pair(config.sample_size)

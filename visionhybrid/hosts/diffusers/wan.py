@@ -14,9 +14,9 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
 
 from visionhybrid.hosts.diffusers.arguments import Call, argument
-from visionhybrid.hosts.diffusers.family import Family, SampleSize, does_more, hook_others, layers_of
+from visionhybrid.hosts.diffusers.family import Family, Sides, does_more, hook_others, layers_of
 from visionhybrid.hosts.diffusers.parallel import group_of
-from visionhybrid.hosts.layers import Layer
+from visionhybrid.hosts.layers import VIDEO_SIDES, Layer
 from visionhybrid.mixers.sharding import mix
 
 __all__ = ["FAMILIES", "WanMixerProcessor"]
@@ -74,11 +74,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
 
 
-def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
+def _layers(model: nn.Module, size: Sides) -> list[Layer]:
     """`size` in elements of the latent video, (frames, height, width)."""
     config: Any = model.config
-    if size is not None and len(size) != 3:
-        raise ValueError(f"attach: sample_size of a video model is (frames, height, width), got {size}")
     grid = None if size is None else tuple(n // p for n, p in zip(size, config.patch_size, strict=True))
 
     def facts(name: str, module: Any) -> dict[str, Any]:
@@ -115,5 +113,6 @@ FAMILIES = (
         processor=lambda module: WanMixerProcessor(),
         hooks=_hooks,
         plain=PLAIN,
+        sides=VIDEO_SIDES,
     ),
 )

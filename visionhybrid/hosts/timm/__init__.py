@@ -9,7 +9,6 @@ the timm model, attach the same mixers, `load_state_dict`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
@@ -18,12 +17,10 @@ from typing import Any
 from timm.layers.attention import Attention
 from torch import nn
 
-from visionhybrid.hosts.layers import Layer, Selector, choose
+from visionhybrid.hosts.layers import Layer, SampleSize, Selector, choose, sides
 from visionhybrid.hosts.plan import Mixers, plan
 from visionhybrid.hosts.report import Report, Row, row_of
 from visionhybrid.hosts.timm.modules import BLOCKS, MODELS, MixedAttention, MixedViT
-
-logger = logging.getLogger(__name__)
 
 __all__ = ["attach", "attention", "describe", "detach", "mount"]
 
@@ -45,7 +42,7 @@ def attach(
     *,
     layers: Selector | None = None,
     weights: str | PathLike[str] | Mapping[str, Any] | None = None,
-    sample_size: int | tuple[int, ...] | None = None,
+    sample_size: SampleSize = None,
     **options: Any,
 ) -> Report:
     """See `visionhybrid.attach`; `sample_size` in pixels, by default the model's `img_size`."""
@@ -53,17 +50,14 @@ def attach(
     if weights is not None:
         raise ValueError(f"attach: no weights of mixers are published for {type(model).__name__}")
     mount(model, mixer, layers, sample_size, options)
-    report = describe(model, sample_size=sample_size)
-    if report.slower:
-        logger.warning("%s: %s", report.model, report.warning)
-    return report
+    return describe(model, sample_size=sample_size)
 
 
 def mount(
     model: Any,
     mixer: Mixers,
     layers: Selector | None,
-    sample_size: int | tuple[int, ...] | None,
+    sample_size: SampleSize,
     options: Mapping[str, Any],
 ) -> None:
     """What `attach` does to `model`."""
@@ -99,13 +93,13 @@ def detach(model: Any, *, layers: Selector | None = None) -> Report:
     return describe(model)
 
 
-def describe(model: Any, *, sample_size: int | tuple[int, ...] | None = None) -> Report:
+def describe(model: Any, *, sample_size: SampleSize = None) -> Report:
     """See `visionhybrid.describe`."""
     model = getattr(model, "_orig_mod", model)
     return Report(type(model).__name__, [_row(layer) for layer in _layers(model, sample_size)])
 
 
-def attention(model: Any, sample_size: int | tuple[int, ...] | None = None) -> list[Layer]:
+def attention(model: Any, sample_size: SampleSize = None) -> list[Layer]:
     """See `visionhybrid.hosts`."""
     return _layers(getattr(model, "_orig_mod", model), sample_size)
 
@@ -121,7 +115,7 @@ def _row(layer: Layer) -> Row:
     return row_of(layer, layer.module.mixer if isinstance(layer.module, MixedAttention) else None)
 
 
-def _layers(model: nn.Module, size: int | tuple[int, ...] | None) -> list[Layer]:
+def _layers(model: nn.Module, size: SampleSize) -> list[Layer]:
     """Every attention of `model`: modules whose class is called so."""
     ours = type(model) in MODELS or isinstance(model, MixedViT)
     grid = _grid(model, size) if ours else None
@@ -137,7 +131,7 @@ def _layers(model: nn.Module, size: int | tuple[int, ...] | None) -> list[Layer]
         layer["head_dim"] = getattr(attn, "head_dim", dim // heads)
         found.append(Layer(**layer, grid=grid, reason=_reason(model, name, module, ours)))
     if not found:
-        raise ValueError(f"attach: {type(model).__name__} has no attention that a mixer could replace")
+        raise ValueError(f"{type(model).__name__} has no attention that a mixer could replace")
     return found
 
 
@@ -164,7 +158,7 @@ def _names(table: Mapping[type, type]) -> str:
     return ", ".join(cls.__name__ for cls in table)
 
 
-def _grid(model: Any, size: int | tuple[int, ...] | None) -> tuple[int, ...] | None:
+def _grid(model: Any, size: SampleSize) -> tuple[int, ...] | None:
     if size is None:
         return model.patch_embed.grid_size
-    return tuple(model.patch_embed.dynamic_feat_size((size, size) if isinstance(size, int) else size))
+    return tuple(model.patch_embed.dynamic_feat_size(sides(model, size)))

@@ -97,9 +97,8 @@ class MixedAttention(Attention):
         sources = (*self.mixer.hidden(x), x)
         if all(source is x for source in sources):
             return tuple(self._heads(part) for part in self.qkv(x).chunk(3, -1))
-        if (
-            type(self.qkv) is not nn.Linear
-        ):  # LoRA, quantisation: its weight alone does not say what it computes
+        # LoRA, quantisation: the weight alone does not say what such a layer computes.
+        if type(self.qkv) is not nn.Linear:
             return tuple(self._heads(self.qkv(s).chunk(3, -1)[i]) for i, s in enumerate(sources))
         weights = self.qkv.weight.chunk(3)
         biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)

@@ -1,7 +1,8 @@
 """Checkpoints: `load` and `inspect` any published one, `save` ours, `warm_start` from another, `rename` keys by table.
 
-keys.py renames, files.py opens safely, containers.py unwraps, loading.py finds the system and loads, inspecting.py tells
-what there is, finite.py looks for NaN, saving.py writes, pretrained.py finds published weights for `timm.create_model(..., pretrained=True)`.
+keys.py renames, files.py opens safely, containers.py unwraps, finite.py looks for NaN, loading.py finds the system and loads,
+inspecting.py tells what there is, saving.py writes. foreign.py reads weights of what is no system of ours (mixers, DiT); pretrained.py
+finds published weights for `timm.create_model(..., pretrained=True)`.
 """
 
 from visionhybrid.models.checkpoint.inspecting import Inspection, inspect

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from visionhybrid._version import __version__
 from visionhybrid.models import registry
 from visionhybrid.models.checkpoint import loading
+from visionhybrid.models.checkpoint.finite import nonfinite, told
 from visionhybrid.models.registry import System
 
 # What of timm's description of the input travels with the weights.
@@ -39,6 +40,7 @@ def save(
     classes: list[str] | None = None,
     options: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
+    allow_nonfinite: bool = False,
 ) -> Path:
     """Write `model` as safetensors that `load` reads back to the same model, deployed or not.
 
@@ -51,9 +53,10 @@ def save(
         options: constructor keywords that no shape shows; needed only for a model that came from neither `timm.create_model`
             nor `load` and has an unusual one.
         metadata: further text entries.
+        allow_nonfinite: write weights with NaN or infinity, too, as they are.
     Returns: the path.
     Raises:
-        ValueError: no system recognises the model, or `classes` does not have one name per class.
+        ValueError: no system recognises the model, `classes` does not have one name per class, or weights are NaN or infinite.
     """
     model = unwrap_model(model)
     system, chosen = describe(model, options)
@@ -73,10 +76,13 @@ def save(
     entries["pretrained_cfg"] = json.dumps(
         {name: cfg[name] for name in _CFG_FIELDS if cfg.get(name) is not None}
     )
+    state = model.state_dict()
+    if not allow_nonfinite and (bad := nonfinite(state)):
+        raise ValueError(
+            f"save: {told(bad, len(state))}; save(..., allow_nonfinite=True) writes them as they are"
+        )
     # Tied tensors are written under each of their names: safetensors refuses shared memory.
-    write(
-        {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}, path, entries
-    )
+    write({name: t.detach().cpu().contiguous().clone() for name, t in state.items()}, path, entries)
     return Path(path)
 
 
