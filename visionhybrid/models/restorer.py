@@ -11,8 +11,7 @@ A restorer of another shape (a U-Net, say) is its own `nn.Module` with `scale`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -83,9 +82,11 @@ class Restorer(nn.Module):
     ) -> None:
         super().__init__()
         if num_classes:
-            raise ValueError(f"a restorer has no classes: num_classes must be 0, got {num_classes}")
+            raise ValueError(
+                f"{type(self).__name__}: a restorer has no classes, num_classes must be 0, got {num_classes}"
+            )
         if len(mean) not in (1, in_chans):
-            raise ValueError(f"mean needs 1 or {in_chans} values, got {len(mean)}")
+            raise ValueError(f"{type(self).__name__}: mean needs 1 or {in_chans} values, got {len(mean)}")
         dd = {"device": device, "dtype": dtype}
         self.num_classes = 0
         self.scale, self.in_chans, self.multiple_of, self.img_range = scale, in_chans, multiple_of, img_range
@@ -153,6 +154,8 @@ class Restorer(nn.Module):
             indices: groups to return: None all, n the last n, or positions. As in timm.
             norm: not offered: the norm after the last group belongs to the merging of features.
             stop_early: leave out the groups after the last one asked for; the first result then lacks them too.
+        Raises:
+            ValueError: `norm`, or another `output_fmt` than "NCHW".
         """
         if norm or output_fmt != "NCHW":
             raise ValueError(f"forward_intermediates: offers norm=False, 'NCHW'; got {norm}, {output_fmt!r}")
@@ -183,44 +186,3 @@ class Restorer(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return dict(stem=r"^stem|^enter", blocks=[(r"^groups\.(\d+)", None), (r"^merge|^tail", (99999,))])
-
-
-@dataclass(frozen=True)
-class WarmStart:
-    """What `warm_start` did, by key."""
-
-    loaded: tuple[str, ...]
-    new: tuple[str, ...]  # in the model only: kept as they were initialised
-    # (saved, wanted)
-    reshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()  # in the state only
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.loaded)} tensors loaded, {len(self.new) + len(self.reshaped)} new"]
-        lines += [f"  new: {key}" for key in self.new]
-        lines += [f"  new: {key}: saved {old}, wanted {new}" for key, (old, new) in self.reshaped.items()]
-        lines += [f"  unused: {key}" for key in self.unused]
-        return "\n".join(lines)
-
-
-@torch.no_grad()
-def warm_start(model: nn.Module, state: Mapping[str, Tensor]) -> WarmStart:
-    """Load what fits of `state` (under our keys) into `model` and report exactly what did not: x4 training from x2 weights.
-
-    Raises:
-        ValueError: nothing fits, so these are not weights of a relative of `model`.
-    """
-    own = model.state_dict()
-    fits = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
-    if not fits:
-        raise ValueError(
-            f"warm_start: none of {len(state)} tensors fits this model; first keys {sorted(state)[:3]}"
-        )
-    model.load_state_dict(fits, strict=False)
-    reshaped = {k: (tuple(state[k].shape), tuple(own[k].shape)) for k in own if k in state and k not in fits}
-    return WarmStart(
-        loaded=tuple(fits),
-        new=tuple(k for k in own if k not in state),
-        reshaped=reshaped,
-        unused=tuple(k for k in state if k not in own),
-    )
