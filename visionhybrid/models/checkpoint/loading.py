@@ -271,11 +271,12 @@ def _load(
     assert found.system is not None  # else `keywords` raised
     # The shapes are compared on the meta device first: a file that lies about its size costs no memory.
     state = fit(found, outline(found, chosen))
-    model = build(found.system, chosen)
+    # Of its type before the weights come: a float64 file must not go through float32.
+    model = build(found.system, chosen).to(dtype=wanted)
     model.load_state_dict(state, strict=True)
     registry.remember(model, found.system, chosen)
     _set_pretrained_cfg(model, found, name or next(iter(registry.names_of(found.system, chosen)), ""))
-    model = model.to(device=device, dtype=wanted).eval()
+    model = model.to(device=device).eval()
     if not allow_nonfinite:
         require_finite(found, model.state_dict())
     return model
