@@ -6,6 +6,7 @@ import pytest
 import tiny_pipelines
 import tiny_transformers
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import visionhybrid
@@ -93,11 +94,12 @@ def test_attach_reads_published_weights_and_halves_them(tmp_path):
     assert done.exit_code == 0, done.output
     from visionhybrid.hosts.diffusers.models import UNet2DConditionModel
 
-    loaded = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet", dtype=torch.bfloat16)
+    halves = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in halves.values()} == {torch.bfloat16}
+    state = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet").state_dict()
     visionhybrid.attach(unet, "linfusion", weights=tmp_path / "weights")
-    state = loaded.state_dict()
     for key, value in unet.state_dict().items():
-        assert torch.equal(state[key], value.bfloat16()), key
+        assert torch.equal(state[key], value.bfloat16().float()), key
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -296,11 +297,16 @@ def family_of(pipe: Any, max_length: int = 0) -> Family:
     return FAMILIES[name](pipe, max_length)
 
 
-def open_any(path: str, **components: Any) -> Any:
+def open_any(path: str, *, dtype: torch.dtype | None = None, **components: Any) -> Any:
     """The pipeline at `path`, a folder or name on the hub, from safetensors only; `components` are not loaded.
 
+    Args: dtype: of the weights; None: float32.
     Raises: ValueError: there is none, or it cannot be read.
     """
+    if dtype is not None:
+        # diffusers' word for it since 0.40, and before
+        known = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40)
+        components["dtype" if known else "torch_dtype"] = dtype
     try:
         return DiffusionPipeline.from_pretrained(path, use_safetensors=True, **components)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
