@@ -325,7 +325,8 @@ def test_low_rank_updates_are_trained_and_added_up(data, tmp_path):
     assert torch.linalg.matrix_rank(difference, rtol=1e-3) == 2
     # the file of updates makes of the old pipeline what the new one is
     whole = DiffusionPipeline.from_pretrained(folder)
-    pipe.load_lora_weights(folder / "lora")
+    # named because diffusers before 0.40 does not look for it where it is offline
+    pipe.load_lora_weights(folder / "lora", weight_name="pytorch_lora_weights.safetensors")
     whole.set_progress_bar_config(disable=True)
     assert_close(
         tiny_pipelines.draw(pipe, size=(16, 16)), tiny_pipelines.draw(whole, size=(16, 16)), rtol=0, atol=1e-3
