@@ -16,15 +16,15 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from visionhybrid.infer.memory import Count
 
 Run = Callable[[], Any]
 
@@ -109,46 +109,7 @@ def device(run: Run) -> int:
 def live(run: Run) -> int:
     """Bytes of storages born during `run()` and alive at once, at the worst moment."""
     gc.collect()
-    with _Ledger() as ledger:
+    with Count() as count:
         kept = run()
     del kept
-    return ledger.peak
-
-
-class _Ledger(TorchDispatchMode):
-    """Books every storage that an operator returns, until it dies."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # Storages of the arguments that were alive before are somebody else's: an in-place operator or a view returns them.
-        given = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if _is_strided(leaf)}
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if _is_strided(leaf) and _key(leaf) not in given | self._known:
-                self._book(leaf)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _book(self, tensor: Tensor) -> None:
-        storage, key, size = tensor.untyped_storage(), _key(tensor), tensor.untyped_storage().nbytes()
-        self._known.add(key)
-        self.now += size
-        weakref.finalize(storage, self._release, key, size).atexit = False
-
-    def _release(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-def _is_strided(leaf: object) -> bool:
-    return isinstance(leaf, Tensor) and leaf.layout is torch.strided
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return count.peak

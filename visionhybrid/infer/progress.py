@@ -16,7 +16,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-Advance = Callable[[float], object]
 _PATIENCE = 1.0  # seconds before a bar appears
 
 
