@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import re
 from dataclasses import replace
+from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import timm
@@ -12,13 +17,17 @@ from train_case import Toy, toy
 import visionhybrid.models  # noqa: F401 - registers the names that recipes use
 from visionhybrid.train import recipes
 from visionhybrid.train.config import (
+    Augment,
     Classification,
+    Config,
     ConfigError,
     Generation,
     Loop,
     Model,
+    Optim,
     Restoration,
     Schedule,
+    bounds,
     check,
     diff,
     flat,
@@ -111,6 +120,17 @@ def test_override_refused_in_one_line(word, message):
         (dict(loop=Loop(steps=1, ema_decay=1.5)), r"loop.ema_decay: expected a number in \[0, 1\)"),
         (dict(schedule=Schedule(name="step")), "schedule.every: a step schedule needs a period"),
         (dict(schedule=Schedule(name="cosin")), "schedule.name: expected one of"),
+        (dict(loop=Loop(steps=1, workers=-1)), "loop.workers: expected 0 or more, got -1"),
+        (dict(optim=Optim(lr=math.nan)), "optim.lr: expected 0 or more, got nan"),
+        (dict(optim=Optim(clip_norm=0.0)), "optim.clip_norm: expected more than 0, got 0.0"),
+        (dict(optim=Optim(betas=(0.9,))), "optim.betas: expected two or three numbers"),
+        (
+            dict(augment=Augment(scale=(0.1,))),
+            "augment.scale: expected two numbers above 0, the smaller first",
+        ),
+        (dict(augment=Augment(ratio=(2.0, 1.0))), "augment.ratio: expected two numbers above 0"),
+        (dict(augment=Augment(flip=2.0)), r"augment.flip: expected a share in \[0, 1\], got 2.0"),
+        (dict(eval_batch=0), "eval_batch: expected more than 0, got 0"),
         (
             dict(model=Model(name="x", options={"layer": object()})),
             "model.options and optim.options must be JSON",
@@ -120,6 +140,29 @@ def test_override_refused_in_one_line(word, message):
 def test_check_refuses(change, message):
     with pytest.raises(ConfigError, match=message):
         check(replace(base(), **change))
+
+
+def test_every_bound_is_of_a_field_and_every_field_is_read():
+    """A bound of a misspelt field would never fail, and a field that nothing reads would be set in vain."""
+    ours = [kind for kind in Config.kinds.values() if kind.__module__.startswith("visionhybrid.")]
+    known = {name for kind in ours for name in fields_of(kind)}
+    bounded = {name for names, _, _ in bounds._RULES for name in names.split()}
+    assert bounded <= known
+    package = Path(bounds.__file__).parents[2]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py"))
+    read = set(re.findall(r"\.(\w+)", source))
+    unread = {name for name in known if name.rsplit(".", 1)[-1] not in read}
+    # those that `Grafts.loss` reads by the names of its terms
+    assert unread == {"task_weight", "output_weight", "variance_weight"}
+
+
+def fields_of(cls, prefix=""):
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from fields_of(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
 
 
 def test_configs_cannot_be_changed():

@@ -34,7 +34,6 @@ def open_generator(config: Generation) -> NewModel | OfPipeline:
         raise ConfigError(
             f"model.name: a generator is 'pipeline', {', '.join(map(repr, MODELS))}, got {name!r}"
         )
-    _check_numbers(config)
     if config.data.dataset == "encoded" and pipeline:
         return OfEncoded(config)
     return OfPipeline(config) if pipeline else NewModel(config)
@@ -259,17 +258,6 @@ def _opened(config: Generation, **components: Any) -> tuple[Any, Family]:
         return pipe, family_of(pipe, config.text.max_length)
     except ValueError as error:
         raise ConfigError(f"model.pipeline: {error}") from None
-
-
-def _check_numbers(config: Generation) -> None:
-    for field, value, least in (
-        ("cache.batch", config.cache.batch, 1),
-        ("text.hold_out", config.text.hold_out, 0),
-        ("text.max_length", config.text.max_length, 0),
-        ("model.lora", config.model.lora, 0),
-    ):
-        if value < least:
-            raise ConfigError(f"{field}: expected {least} or more, got {value}")
 
 
 def _vae(config: Generation) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+from visionhybrid.train.config.bounds import check_bounds
 from visionhybrid.train.config.common import Config, ConfigError
 from visionhybrid.train.config.words import C, build, flat
 
@@ -24,22 +25,9 @@ def check(config: C) -> C:
             f"loop: set one of epochs and steps, got epochs={loop.epochs} and steps={loop.steps}; "
             "write the other as none"
         )
-    positive = {
-        "loop.batch_size": loop.batch_size,
-        "loop.epochs": loop.epochs,
-        "loop.steps": loop.steps,
-        "loop.micro_batch": loop.micro_batch,
-        "loop.log_every": loop.log_every,
-        "loop.keep": loop.keep,
-        "guard.in_a_row": config.guard.in_a_row,
-    }
-    for key, value in positive.items():
-        if value is not None and value <= 0:
-            raise ConfigError(f"{key}: expected more than 0, got {value}")
+    check_bounds(config)
     if schedule.name == "step" and schedule.every <= 0:
         raise ConfigError(f"schedule.every: a step schedule needs a period above 0, got {schedule.every}")
-    if loop.ema_decay is not None and not 0 <= loop.ema_decay < 1:
-        raise ConfigError(f"loop.ema_decay: expected a number in [0, 1), got {loop.ema_decay}")
     try:
         json.dumps([config.model.options, config.optim.options])
     except TypeError as error:

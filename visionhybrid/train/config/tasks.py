@@ -46,8 +46,7 @@ class Augment:
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    eval_size: int | None = None  # shorter side before the centre crop; None: int(image_size / crop)
-    crop: float = 0.875
+    crop: float = 0.875  # of the shorter side, for evaluation: it is resized to int(image_size / crop), then the centre is cut
 
 
 @dataclass(frozen=True, kw_only=True)
