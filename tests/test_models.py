@@ -9,78 +9,16 @@ from functools import partial
 import pytest
 import timm
 import torch
-from timm.layers import LayerNorm2d, NormMlpClassifierHead
+from timm.layers import NormMlpClassifierHead
 from timm.models import reparameterize_model
 from timm.models._features import FeatureGetterNet
 from timm.models._manipulate import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from toy_backbone import toy_backbone
 
 import visionhybrid
 from visionhybrid.models import registry
-from visionhybrid.models.backbone import Backbone, Spec, Stage
-
-# ---- a toy
-
-
-class Patches(nn.Conv2d):
-    """A convolution over patches, as stem and to step down; it has a `dim`."""
-
-    def __init__(self, dim_in, *, dim, side, **dd):
-        super().__init__(dim_in, dim, side, side, **dd)
-        self.dim = dim
-
-
-class Grid(nn.Module):
-    """A learnt gain per channel and, of the map's own rows, one number each."""
-
-    no_decay = ("gain",)
-
-    def __init__(self, dim, device=None, dtype=None):
-        super().__init__()
-        self.gain = nn.Parameter(torch.empty(dim, 1, 1, device=device, dtype=dtype))
-        self.register_buffer("step", torch.empty((), device=device, dtype=dtype), persistent=False)
-        self.init_weights()
-
-    def init_weights(self):
-        nn.init.ones_(self.gain)
-        self.init_non_persistent_buffers()
-
-    def init_non_persistent_buffers(self):
-        nn.init.constant_(self.step, 0.01)
-
-    def forward(self, x):
-        return torch.ones_like(x[:1, :1]).cumsum(2) * self.step * self.gain
-
-
-class ToyBlock(nn.Module):
-    def __init__(self, dim, *, drop_path, device=None, dtype=None):
-        super().__init__()
-        self.drop_path, self.fc, self.norm = (
-            drop_path,
-            nn.Conv2d(dim, dim, 1, device=device, dtype=dtype),
-            nn.BatchNorm2d(dim, device=device, dtype=dtype),
-        )
-
-    def forward(self, x):
-        return x + self.norm(self.fc(x)).relu()
-
-
-class Placed(ToyBlock):
-    def forward(self, x, position):
-        return x + self.norm(self.fc(x + position)).relu()
-
-
-def toy(depths=(1, 2, 1), dims=(8, 12, 16), head=None, **kwargs):
-    stages = []
-    for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
-        parts = dict(stride=2, downsample=partial(Patches, dim=dim, side=2)) if i else {}
-        place = dict(blocks=(Placed,) * depth, position=Grid) if i == 1 else dict(blocks=(ToyBlock,) * depth)
-        stages.append(Stage(norm=LayerNorm2d, **place, **parts))
-    stem = partial(Patches, dim=dims[0], side=4)
-    spec = Spec(stem=stem, stages=tuple(stages), norm=nn.BatchNorm2d, **(dict(head=head) if head else {}))
-    return Backbone(spec, **kwargs)
-
 
 # Plain vision transformers have one stage of tokens instead of maps: tests/test_vit.py.
 CLASSIFIERS = [
@@ -104,7 +42,7 @@ SYSTEMS = list({registry.SYSTEM_OF[name]: name for name in reversed(NAMES[1:])}.
 
 
 def make(name, **kwargs):
-    return toy(**kwargs) if name == "toy" else timm.create_model(name, **kwargs)
+    return toy_backbone(**kwargs) if name == "toy" else timm.create_model(name, **kwargs)
 
 
 def trained(model):
@@ -240,17 +178,17 @@ def test_names_without_weight_decay_exist(model):
 
 
 def test_stochastic_depth_rises_linearly():
-    model = toy(drop_path_rate=0.3)
+    model = toy_backbone(drop_path_rate=0.3)
     rates = [block.drop_path for stage in model.stages for block in stage.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
 
 
 def test_toy_names_what_must_not_decay():
-    assert toy().no_weight_decay() == {"stages.1.position.gain"}
+    assert toy_backbone().no_weight_decay() == {"stages.1.position.gain"}
 
 
 def test_a_head_of_another_kind():
-    model = toy(head=partial(NormMlpClassifierHead, hidden_size=20), num_classes=3).eval()
+    model = toy_backbone(head=partial(NormMlpClassifierHead, hidden_size=20), num_classes=3).eval()
     assert model.head_hidden_size == 20
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
 
@@ -332,8 +270,8 @@ def test_features_only(kind):
 
 def test_state_round_trip_headless_and_folder(name, tmp_path):
     if name == "toy":
-        other = toy(num_classes=7)
-        other.load_state_dict(trained(toy(num_classes=7)).state_dict())
+        other = toy_backbone(num_classes=7)
+        other.load_state_dict(trained(toy_backbone(num_classes=7)).state_dict())
         return
     model = trained(timm.create_model(name, num_classes=6, in_chans=1, global_pool="max"))
     x = torch.randn(1, 1, 64, 64)
