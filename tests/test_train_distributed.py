@@ -71,6 +71,8 @@ def launch(out: Path, calls: str, **environment: str) -> None:
     finally:
         for process in processes:
             process.kill()
+            process.stderr.close()  # or a later test is blamed for what is left of it
+            process.wait()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(e[-1500:] for e in errors)
 
 
