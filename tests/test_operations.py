@@ -13,6 +13,7 @@ from visionhybrid.kernels.neighborhood_attention import (
 )
 from visionhybrid.kernels.selective_scan import selective_scan
 from visionhybrid.kernels.sparse_linear_attention import sparse_linear_attention
+from visionhybrid.kernels.window_attention import window_attention
 
 
 def operations(run, backward=False):
@@ -72,3 +73,12 @@ def test_sparse_linear_attention():
     options = dict(block_q=32, block_k=32, variant="sparse")
     run = lambda: sparse_linear_attention(q, k, v, block_map=kept, **options)  # noqa: E731
     assert operations(run) == 2 * 2 * (4 * 2) * 32 * 32 * 32
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_window_attention(device):
+    q, k, v = (torch.rand(1, 8, 8, 2, d, device=device, requires_grad=True) for d in (4, 4, 6))
+    run = lambda: window_attention(q, k, v, window_size=4, key_window_size=6)  # noqa: E731
+    pairs = 8 * 8 * 2 * 36
+    assert operations(run) == 2 * pairs * (4 + 6)
+    assert operations(run, backward=True) == 2 * pairs * (4 * 4 + 3 * 6)

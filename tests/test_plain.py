@@ -72,8 +72,8 @@ def test_weights_kept_by_tile(sides, kernel, dilation, budget, monkeypatch):
             shared.aggregate(weights, values, kernel, dilation),
             neighborhood_reference.aggregate(compact, values, kernel, dilation),
         )
-    torch.library.opcheck(shared.weights_op, (q, k, rpb, kernel, dilation, 0.7))
-    torch.library.opcheck(shared.aggregate_op, (weights, v, kernel, dilation))
+    torch.library.opcheck(shared.weights, (q, k, rpb, kernel, dilation, 0.7))
+    torch.library.opcheck(shared.aggregate, (weights, v, kernel, dilation))
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["table learns", "table frozen"])

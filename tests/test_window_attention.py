@@ -175,7 +175,7 @@ def test_operator_is_registered_completely(name):
     q, k, v, bias, window, reach, shift, scale = arguments(
         *(t.clone().requires_grad_() for t in inputs), **options
     )
-    torch.library.opcheck(eager._attention, (q, k, v, bias, list(window), list(reach), list(shift), scale))
+    torch.library.opcheck(eager.OPERATOR, (q, k, v, bias, list(window), list(reach), list(shift), scale))
 
 
 @pytest.mark.parametrize("backend", FAST)

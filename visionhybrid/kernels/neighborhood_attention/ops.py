@@ -132,30 +132,30 @@ def _count(suffix: str) -> None:
 
     @count_operations(f"neighborhood_attention{suffix}")
     def _(q, k, v, rpb, k_extra, v_extra, kernel_size, dilation, *args, **kwargs):
-        return 2 * _pairs(q, kernel_size, dilation, k_extra) * (q[-1] + v[-1])
+        return 2 * pairs(q, kernel_size, dilation, k_extra) * (q[-1] + v[-1])
 
     @count_operations(f"neighborhood_attention{suffix}_backward")
     def _(grad, q, k, v, rpb, k_extra, v_extra, out, lse, rpb_learns, kernel_size, dilation, *args, **kwargs):
-        return 2 * _pairs(q, kernel_size, dilation, k_extra) * (3 * q[-1] + 2 * v[-1])
+        return 2 * pairs(q, kernel_size, dilation, k_extra) * (3 * q[-1] + 2 * v[-1])
 
     @count_operations(f"neighborhood_scores{suffix}")
     def _(q, k, rpb, kernel_size, dilation, *args, **kwargs):
-        return 2 * _pairs(q, kernel_size, dilation) * q[-1]
+        return 2 * pairs(q, kernel_size, dilation) * q[-1]
 
     @count_operations(f"neighborhood_scores{suffix}_backward")
     def _(grad, q, k, rpb, kernel_size, dilation, *args, **kwargs):
-        return 4 * _pairs(q, kernel_size, dilation) * q[-1]
+        return 4 * pairs(q, kernel_size, dilation) * q[-1]
 
     @count_operations(f"neighborhood_aggregate{suffix}")
     def _(weights, v, kernel_size, dilation, *args, **kwargs):
-        return 2 * _pairs(v, kernel_size, dilation) * v[-1]
+        return 2 * pairs(v, kernel_size, dilation) * v[-1]
 
     @count_operations(f"neighborhood_aggregate{suffix}_backward")
     def _(grad, weights, v, kernel_size, dilation, *args, **kwargs):
-        return 4 * _pairs(v, kernel_size, dilation) * v[-1]
+        return 4 * pairs(v, kernel_size, dilation) * v[-1]
 
 
-def _pairs(
+def pairs(
     q: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int], extra: Sequence[int] | None = None
 ) -> int:
     """Pairs of a query and a key of q (B, heads, *sides, D): a window holds as many keys as the map has for it."""

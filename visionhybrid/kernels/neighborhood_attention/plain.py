@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from visionhybrid.kernels.neighborhood_attention.reference import _outer
+from visionhybrid.kernels.neighborhood_attention.reference import outer
 from visionhybrid.kernels.precision import wide
 
 
@@ -61,13 +61,13 @@ def scores(
         for part, kernel in zip(reversed(row), reversed(kernel_size), strict=True):
             place.insert(0, part * below)
             below *= 2 * kernel - 1
-        table = _outer(place, torch.add)
+        table = outer(place, torch.add)
         out = out + wide(rpb).flatten(1).index_select(1, table.flatten()).view(-1, *table.shape)
-    return out.masked_fill(~_outer(valid, torch.logical_and), float("-inf")).to(q.dtype)
+    return out.masked_fill(~outer(valid, torch.logical_and), float("-inf")).to(q.dtype)
 
 
 def aggregate(weights: Tensor, v: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]) -> Tensor:
     """See `neighborhood_aggregate`."""
     index, valid, _ = zip(*_all_windows(v, kernel_size, dilation), strict=True)
-    weights = wide(weights).masked_fill(~_outer(valid, torch.logical_and), 0.0)
+    weights = wide(weights).masked_fill(~outer(valid, torch.logical_and), 0.0)
     return (weights.unsqueeze(-2) @ _neighbours(wide(v), index, kernel_size)).squeeze(-2).to(v.dtype)

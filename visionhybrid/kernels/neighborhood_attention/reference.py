@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def _neighbours(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     return x.permute(0, 1, *positions, *slots, -1).flatten(2 + n, 1 + 2 * n)
 
 
-def _outer(parts: Sequence[Tensor], combine) -> Tensor:
+def outer(parts: Sequence[Tensor], combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Per-axis (N_i, K_i) tables -> one table (*spatial, slots)."""
     n = len(parts)
     total = None
@@ -38,7 +38,7 @@ def _outer(parts: Sequence[Tensor], combine) -> Tensor:
 
 def allowed(axes: Sequence[Axis], device: torch.device | str = "cpu") -> Tensor:
     """(*spatial, slots) bool: which slots hold a key."""
-    return _outer([windows(axis).valid.to(device) for axis in axes], torch.logical_and)
+    return outer([windows(axis).valid.to(device) for axis in axes], torch.logical_and)
 
 
 def table_index(axes: Sequence[Axis], device: torch.device | str = "cpu") -> Tensor:
@@ -49,7 +49,7 @@ def table_index(axes: Sequence[Axis], device: torch.device | str = "cpu") -> Ten
         for later in axes[i + 1 :]:
             below *= 2 * later.kernel - 1
         rows.append(windows(axis).row.to(device) * below)
-    return _outer(rows, torch.add)
+    return outer(rows, torch.add)
 
 
 def _scores(q: Tensor, k: Tensor, rpb: Tensor | None, axes: Sequence[Axis], scale: float) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionhybrid.kernels.neighborhood_attention import tiled
+from visionhybrid.kernels.neighborhood_attention import ops, tiled
 from visionhybrid.kernels.neighborhood_attention.geometry import Axis, Tiles, axes_of, tiles
 from visionhybrid.kernels.operators import count_operations, end_of_derivatives, register
 from visionhybrid.kernels.precision import wide, widened
@@ -29,15 +29,14 @@ def unsupported(*maps: Tensor) -> str | None:
     """Why these tensors cannot go through dense weights."""
     if any(x.device.type != "cpu" for x in maps):
         return "CPU only"
-    if any(
-        type(x) not in (Tensor, torch.nn.Parameter) for x in maps
-    ):  # fake ones would get into the tables kept here
+    # Fake ones would get into the tables that are kept here.
+    if any(type(x) not in (Tensor, torch.nn.Parameter) for x in maps):
         return "plain tensors only"
     return None
 
 
 def _tiles(axes: Sequence[Axis]) -> tuple[Tiles, Tiles]:
-    rows, columns = (tiles(axis, tiled._tile_size(axis)) for axis in axes)
+    rows, columns = (tiles(axis, tiled.tile_size(axis)) for axis in axes)
     return rows, columns
 
 
@@ -127,7 +126,7 @@ def _of_tiles(kind: Tensor, kinds: int, images: int, heads: int) -> Tensor:
 
 
 @partial(register, "neighborhood_shared_weights")
-def weights_op(
+def weights(
     q: Tensor, k: Tensor, rpb: Tensor, kernel_size: Sequence[int], dilation: Sequence[int], scale: float
 ) -> Tensor:
     axes = axes_of(q.shape[2:-1], kernel_size, dilation)
@@ -146,7 +145,7 @@ def weights_op(
 
 
 @partial(register, "neighborhood_shared_aggregate")
-def aggregate_op(weights: Tensor, v: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]) -> Tensor:
+def aggregate(weights: Tensor, v: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]) -> Tensor:
     axes = axes_of(v.shape[2:-1], kernel_size, dilation)
     weights, values = weights.flatten(0, 1), _matrix(v)
     tiles = values.new_empty(*weights.shape[:2], v.shape[-1])
@@ -206,7 +205,7 @@ def _aggregate_backward(
     return dweights, dv.view(v.shape).to(v.dtype)
 
 
-@weights_op.register_fake
+@weights.register_fake
 def _(q, k, rpb, kernel_size, dilation, scale):
     axes = axes_of(q.shape[2:-1], kernel_size, dilation)
     queries, keys = _pixels(axes, "query"), _pixels(axes, "key")
@@ -214,7 +213,7 @@ def _(q, k, rpb, kernel_size, dilation, scale):
     return q.new_empty(shape, dtype=widened(q))
 
 
-@aggregate_op.register_fake
+@aggregate.register_fake
 def _(weights, v, kernel_size, dilation):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
@@ -252,8 +251,8 @@ def _differentiate_aggregate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     return *_aggregate_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None
 
 
-weights_op.register_autograd(_differentiate_weights, setup_context=_save_weights)
-aggregate_op.register_autograd(_differentiate_aggregate, setup_context=_save_aggregate)
+weights.register_autograd(_differentiate_weights, setup_context=_save_weights)
+aggregate.register_autograd(_differentiate_aggregate, setup_context=_save_aggregate)
 end_of_derivatives(_weights_backward, "shared neighborhood weights")
 end_of_derivatives(_aggregate_backward, "shared neighborhood weights")
 
@@ -261,28 +260,19 @@ end_of_derivatives(_aggregate_backward, "shared neighborhood weights")
 # What the definition needs, as for the two halves: tiles multiply more.
 @count_operations("neighborhood_shared_weights")
 def _(q, k, rpb, kernel_size, dilation, *args, **kwargs):
-    return 2 * q[0] * q[1] * _pairs(q[2:-1], kernel_size, dilation) * q[-1]
+    return 2 * ops.pairs(q, kernel_size, dilation) * q[-1]
 
 
 @count_operations("neighborhood_shared_aggregate")
 def _(weights, v, kernel_size, dilation, *args, **kwargs):
-    return 2 * v[0] * v[1] * _pairs(v[2:-1], kernel_size, dilation) * v[-1]
+    return 2 * ops.pairs(v, kernel_size, dilation) * v[-1]
 
 
 @count_operations("neighborhood_shared_weights_backward")
 def _(grad, weights, q, k, rpb, rpb_learns, kernel_size, dilation, *args, **kwargs):
-    return 4 * q[0] * q[1] * _pairs(q[2:-1], kernel_size, dilation) * q[-1]
+    return 4 * ops.pairs(q, kernel_size, dilation) * q[-1]
 
 
 @count_operations("neighborhood_shared_aggregate_backward")
 def _(grad, weights, v, kernel_size, dilation, *args, **kwargs):
-    return 4 * v[0] * v[1] * _pairs(v[2:-1], kernel_size, dilation) * v[-1]
-
-
-def _pairs(sides: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> int:
-    """Pairs of a query and a key it sees."""
-    rows, columns = (int(t.allowed[t.real].sum()) for t in _tiles(axes_of(sides, kernel_size, dilation)))
-    return rows * columns
-
-
-weights, aggregate = weights_op, aggregate_op
+    return 4 * ops.pairs(v, kernel_size, dilation) * v[-1]

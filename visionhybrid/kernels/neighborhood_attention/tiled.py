@@ -21,7 +21,7 @@ from visionhybrid.kernels.precision import wide
 BUDGET = 2_000_000  # score elements alive at a time; 8 MB in float32
 
 
-def _tile_size(axis: Axis) -> int:
+def tile_size(axis: Axis) -> int:
     """Queries per tile: short axes whole, else about two thirds of the kernel and at most 8.
 
     (Measured: 7 for 11 beats 8, 10 and 14; 8 beats 4, 10 and 16 for 15 and 31.)
@@ -40,7 +40,7 @@ class Plan:
 
     def __init__(self, axes: Sequence[Axis], device: torch.device) -> None:
         self.axes = axes
-        parts = [tiles(axis, _tile_size(axis)) for axis in axes]
+        parts = [tiles(axis, tile_size(axis)) for axis in axes]
         self.tiles = [
             Tiles(**{name: value.to(device) for name, value in vars(part).items()}) for part in parts
         ]

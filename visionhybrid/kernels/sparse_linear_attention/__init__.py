@@ -9,7 +9,7 @@ lengths may differ, a key padding mask, states in float32, a sequence over sever
 
 from __future__ import annotations
 
-from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +24,8 @@ from visionhybrid.kernels.sparse_linear_attention.blocks import block_scores, bl
 __all__ = ["SparseLinear", "block_scores", "blocks_of", "classify", "sparse_linear_attention"]
 
 VARIANTS = ("main", "v1", "paper", "sparse")
-BACKENDS = {"reference": reference, "eager": eager}
-with suppress(ImportError):  # triton exists for Linux only
+BACKENDS: dict[str, Any] = {"reference": reference, "eager": eager}
+if find_spec("triton"):  # it exists for Linux only
     from visionhybrid.kernels.sparse_linear_attention import triton
 
     BACKENDS["triton"] = triton

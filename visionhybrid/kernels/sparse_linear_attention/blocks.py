@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionhybrid.kernels.precision import wide
+
 CRITICAL, MARGINAL, NEGLIGIBLE = 1, 0, -1
 
 
@@ -14,13 +16,12 @@ def block_means(x: Tensor, size: int, keep: Tensor | None = None) -> Tensor:
 
     `keep` (B, L) bool drops rows; a block without rows is zero. Sums are accumulated in float32.
     """
-    wide = x if x.dtype == torch.float64 else x.float()
-    pad = (0, 0, 0, -x.shape[2] % size)
-    rows = x.new_ones(1, 1, x.shape[2], 1, dtype=wide.dtype)
+    values, pad = wide(x), (0, 0, 0, -x.shape[2] % size)
+    rows = values.new_ones(1, 1, x.shape[2], 1)
     if keep is not None:
-        rows = keep[:, None, :, None].to(wide.dtype)
-        wide = wide * rows
-    total = F.pad(wide, pad).unflatten(2, (-1, size)).sum(3)
+        rows = keep[:, None, :, None].to(values.dtype)
+        values = values * rows
+    total = F.pad(values, pad).unflatten(2, (-1, size)).sum(3)
     return (total / F.pad(rows, pad).unflatten(2, (-1, size)).sum(3).clamp(min=1)).to(x.dtype)
 
 

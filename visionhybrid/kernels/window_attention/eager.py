@@ -12,10 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
-from visionhybrid.kernels.operators import end_of_derivatives, register
-from visionhybrid.kernels.precision import widened
+from visionhybrid.kernels.window_attention import ops
 from visionhybrid.kernels.window_attention.grid import LOG2E, Grid, Pair, masks
 
 # A normaliser in this range says that no term overflowed and that every term of weight 2^-24 or more was a normal float32.
@@ -33,7 +31,7 @@ def forward(
     # ONNX knows no operator of ours; there the same formula runs on the whole map.
     if torch.compiler.is_exporting():
         return whole_map(q, k, v, bias, window, reach, shift, scale)
-    return _attention(q, k, v, bias, [*window], [*reach], [*shift], scale)[0]
+    return OPERATOR(q, k, v, bias, [*window], [*reach], [*shift], scale)[0]
 
 
 def whole_map(
@@ -165,8 +163,7 @@ class Rows:
                 lse[span] = total + top.flatten(1).unflatten(0, (-1, self.grid.shape[0]))
 
 
-@partial(register, "window_attention")
-def _attention(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -188,15 +185,7 @@ def _attention(
     return out, lse
 
 
-@_attention.register_fake
-def _(q, k, v, bias, window, reach, shift, scale):
-    B, H, W, heads, _ = q.shape
-    lse = v.new_empty(B, H // window[0], W // window[1], heads, window[0] * window[1], dtype=widened(q))
-    return v.new_empty(v.shape), lse
-
-
-@partial(register, "window_attention_backward")
-def _attention_backward(
+def attention_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -204,16 +193,17 @@ def _attention_backward(
     bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    bias_learns: bool,
     window: list[int],
     reach: list[int],
     shift: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the bias (empty without one)."""
+    """Gradients of q, k, v and the bias (empty if nobody wants it)."""
     g = Grid(q, q.shape[3], bias, window, reach, shift, keys_first=False)
     dq = q.new_empty(q.shape)
     dk, dv = (t.new_zeros(t.shape, dtype=g.wide) for t in (k, v))
-    dbias = q.new_zeros(0 if bias is None else bias.shape, dtype=g.wide)
+    dbias = q.new_zeros(bias.shape if bias_learns else 0, dtype=g.wide)
     weights = q.new_empty(g.shape, dtype=g.dtype)
     slopes = torch.empty_like(weights)
     for b in range(len(q)):
@@ -231,7 +221,7 @@ def _attention_backward(
                 torch.exp2(weights.sub_(lse[b, row, column][..., None]), out=weights)
                 torch.bmm(gs[column], vs[column], out=slopes)
                 slopes.sub_(mean[column]).mul_(weights)
-                if bias is not None:
+                if bias_learns:
                     dbias.add_(slopes)
                 torch.bmm(slopes, ks[column], out=queries[column])
                 left = column * g.window[1]
@@ -244,33 +234,7 @@ def _attention_backward(
             g.put(dq[b], row, g.as_band(queries.mul_(scale).transpose(1, 2)))
             g.put(dk[b], row, band_k)
             g.put(dv[b], row, band_v)
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias if bias is None else dbias.to(bias.dtype)
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias.to(bias.dtype) if bias_learns else q.new_empty(0)
 
 
-@_attention_backward.register_fake
-def _(grad, q, k, v, bias, out, lse, window, reach, shift, scale):
-    dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
-
-
-def _save(ctx, inputs, output):
-    q, k, v, bias, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, bias, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _differentiate(ctx, grad, _):
-    q, k, v, bias, out, lse = ctx.saved_tensors
-    *grads, dbias = _attention_backward(grad, q, k, v, bias, out, lse, *ctx.options)
-    return *grads, None if bias is None else dbias, None, None, None, None
-
-
-_attention.register_autograd(_differentiate, setup_context=_save)
-end_of_derivatives(_attention_backward, "window_attention")
-
-
-@register_flop_formula(torch.ops.visionhybrid.window_attention)
-def _operations(q, k, v, bias, window, reach, shift, scale, *args, **kwargs) -> int:
-    """Of the two matrix products, from shapes, for torch's FlopCounterMode: every query meets reach[0] * reach[1] keys."""
-    B, H, W, heads, dim = q
-    return 2 * B * H * W * heads * reach[0] * reach[1] * (dim + v[4])
+OPERATOR = ops.define("eager", attention, attention_backward)

@@ -11,7 +11,7 @@ from visionhybrid.kernels.precision import widened
 
 
 def define(backend: str, attention: Callable[..., Any], attention_backward: Callable[..., Any]) -> Any:
-    """Registers the two functions of a backend; `triton.py` shows their signatures.
+    """Registers the two functions of a backend; their signatures are those of `eager.py`.
 
     `attention` returns the map and log2 of each softmax's normaliser, (B, rows, columns, heads, N).
     """
