@@ -49,3 +49,14 @@ def save(path, height, width, seed=0, mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path)
     return array
+
+
+def picture_folder(root, classes, count=3, size=(20, 24), damage=None):
+    """PNG files of noise, `count` in a folder for each class; `damage`: one of them that is cut short."""
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    if damage:
+        (root / damage).write_bytes((root / damage).read_bytes()[:60])

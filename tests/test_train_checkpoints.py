@@ -121,7 +121,7 @@ def test_what_a_killed_process_left_is_put_in_order(tmp_path):
     saved(tmp_path, 2)
     (tmp_path / "step_00000002").rename(tmp_path / ".step_00000002.old")  # killed between the two renames
     (tmp_path / ".step_00000003.99.tmp").mkdir()
-    state.clean(tmp_path)
+    state.clean(tmp_path, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
 
 

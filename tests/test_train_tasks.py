@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import math
-import tarfile
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import timm
 import torch
+from pictures import picture_folder
 from PIL import Image
 
 import visionhybrid
-from visionhybrid.data.classification import Digits, LabelledImages, Mix, Shards, TimmSource, open_source
-from visionhybrid.data.errors import CorruptSample
+from visionhybrid.data.classification import Mix
 from visionhybrid.train import recipes, run, validate
 from visionhybrid.train.classify import Classify
-from visionhybrid.train.config import Augment, ConfigError, Images, Loop, Model, Pictures, override
+from visionhybrid.train.config import Augment, ConfigError, Loop, Model, Pictures, override
 from visionhybrid.train.restore import Restore
 
 SMALL_HAT = dict(
@@ -49,16 +46,6 @@ def photographs(**loop_fields):
         loop=replace(config.loop, **{**fields, **loop_fields}),
         data=replace(config.data, patch=16, held_out_crop=32),
     )
-
-
-def picture_folder(root, classes, count=3, size=(20, 24), damage=None):
-    for name in classes:
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            pixels = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
-    if damage:
-        (root / damage).write_bytes((root / damage).read_bytes()[:60])
 
 
 # ---- classification
@@ -150,108 +137,6 @@ def test_mix_depends_on_the_seed_only():
     torch.testing.assert_close(mixed(1)["label"].sum(1), torch.ones(4))
     with pytest.raises(ValueError, match="mixup needs an even batch"):
         mixing({"image": torch.rand(3, 1, 8, 8), "label": torch.arange(3)}, 0)
-
-
-def folder_config(folder, **data):
-    fields = dict(dataset="", root=str(folder), held_out="val", num_classes=2, image_size=32)
-    return replace(digits(batch_size=2, steps=2, validate_every=2), data=Images(**{**fields, **data}))
-
-
-def test_folder_of_images(tmp_path):
-    for split in ("train", "val"):
-        picture_folder(tmp_path / "data" / split, ["cat", "dog"])
-    broken = tmp_path / "data" / "train" / "cat" / "1.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    result = run(folder_config(tmp_path / "data"), tmp_path / "run", progress=False)
-    assert visionhybrid.load(result["weights"]).pretrained_cfg["label_names"] == ["cat", "dog"]
-    task = Classify(folder_config(tmp_path / "data"))
-    assert len(task.train_set) == 6
-    with pytest.raises(CorruptSample, match="image 1: OSError"):
-        task.train_set.sample(1, 0)
-    assert [int(task.train_set.sample(i, 0)["label"]) for i in (0, 2, 3, 4, 5)] == [0, 0, 1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("prepare", "change", "message"),
-    [
-        (
-            lambda root: None,
-            {"root": "/no/such/place"},
-            "data.root: no such folder or tar file: /no/such/place",
-        ),
-        (lambda root: None, {"root": ""}, r"data.root: no such folder or tar file: \(empty\)"),
-        (lambda root: (root / "train").mkdir(), {}, "split 'train'.*"),
-        (
-            lambda root: picture_folder(root / "train", ["a", "b", "c"]),
-            {"held_out": "train"},
-            "data.num_classes is 2, but .* has 3 classes",
-        ),
-        (
-            lambda root: (
-                picture_folder(root / "train", ["a", "b"]),
-                picture_folder(root / "val", ["a", "z"]),
-            ),
-            {},
-            "training and held-out classes of .* differ, first in 'b'",
-        ),
-        (lambda root: None, {"dataset": "tfds/mnist"}, "data.dataset: 'tfds/mnist' is a stream"),
-        (lambda root: None, {"dataset": "wds"}, "data.root: no tar files in"),
-    ],
-)
-def test_data_refused_in_one_line(tmp_path, prepare, change, message):
-    prepare(tmp_path)
-    with pytest.raises(ValueError, match=message) as error:
-        Classify(folder_config(tmp_path, **change))
-    assert "\n" not in str(error.value)
-
-
-def test_webdataset_shards_are_indexed(tmp_path):
-    expected = []
-    for shard in range(2):
-        with tarfile.open(tmp_path / f"{shard:04}.tar", "w") as tar:
-            for i in range(3):
-                pixels = np.full((5, 6, 3), 40 * i + shard, dtype=np.uint8)
-                file = io.BytesIO()
-                Image.fromarray(pixels).save(file, "png")
-                add(tar, f"{i:03}.png", file.getvalue())
-                add(tar, f"{i:03}.cls", str(i % 2).encode())
-                expected.append((40 * i + shard, i % 2))
-            add(tar, "999.png", b"no label beside it")
-    source = Shards(str(tmp_path), "train")
-    found = [(np.asarray(image)[0, 0, 0], label) for image, label in map(source.read, range(len(source)))]
-    assert found == expected
-    assert open_source("wds", str(tmp_path), "train").read(4)[1] == 1
-    (tmp_path / "0002.tar").write_bytes(b"x" * 600)
-    with pytest.raises(ValueError, match=r"0002.tar is not a tar file"):
-        Shards(str(tmp_path), "train")
-
-
-def add(tar, name, content):
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-
-
-# timm's reader leaves its tar file open
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_tar_through_timm(tmp_path):
-    picture_folder(tmp_path / "plain", ["a", "b"], count=2)
-    with tarfile.open(tmp_path / "set.tar", "w") as tar:
-        tar.add(tmp_path / "plain", arcname="")
-    source = TimmSource("", str(tmp_path / "set.tar"), "train")
-    assert (len(source), source.classes) == (4, ("a", "b"))
-    assert LabelledImages(source, lambda image: torch.tensor(image.size)).sample(0, 0)["image"].tolist() == [
-        24,
-        20,
-    ]
-
-
-def test_digits_are_split():
-    train, held_out = Digits("train"), Digits("val")
-    assert (len(train), len(held_out)) == (1442, 355)
-    seen = {train.images[i].tobytes() for i in range(len(train))}
-    assert sum(held_out.images[i].tobytes() in seen for i in range(len(held_out))) == 0
 
 
 # ---- restoration

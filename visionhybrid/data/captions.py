@@ -15,8 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from visionhybrid.data.classification import stamp_of
-from visionhybrid.data.scan import find_pictures, split_folders, walk
+from visionhybrid.data.scan import find_pictures, split_folders, stamp_of, walk
 
 
 class Captioned:
@@ -26,6 +25,7 @@ class Captioned:
 
     def __init__(self, folder: Path, names: Sequence[str], captions: Sequence[str]) -> None:
         self.folder, self.names, self.captions = folder, list(names), list(captions)
+        self.place = str(folder)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -34,6 +34,9 @@ class Captioned:
         with Image.open(self.folder / self.names[index]) as image:
             image.load()
         return image, index
+
+    def name(self, index: int) -> str:
+        return str(self.folder / self.names[index])
 
     def peek(self, index: int) -> tuple[str, int] | None:
         return stamp_of(self.folder / self.names[index]), index

@@ -9,26 +9,24 @@ webdataset shards are therefore indexed here (`wds`), Hugging Face data sets rea
 
 from __future__ import annotations
 
-import io
-import os
-import tarfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import timm.data
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import Mixup
-from timm.data.readers import get_img_extensions
 from torch import Tensor
 
 from visionhybrid.data import samples
 from visionhybrid.data.errors import CorruptSample
+from visionhybrid.data.scan import stamp_of
 from visionhybrid.data.seeds import seeded
+from visionhybrid.data.tars import Shards, Tar, in_order
 
+_SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 # What decoding a damaged image file raises.
 _DAMAGED = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
@@ -36,10 +34,16 @@ _DAMAGED = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombE
 class Source(Protocol):
     """Images by index. `classes`: their names in label order, or () when the source does not know."""
 
+    place: str  # folder or file that the images come from; "" where there is none
+
     @property
     def classes(self) -> Sequence[str]: ...
     def __len__(self) -> int: ...
     def read(self, index: int) -> tuple[Image.Image, int]: ...
+
+    def name(self, index: int) -> str:
+        """Of an image, for a person."""
+        ...
 
     def peek(self, index: int) -> tuple[str, int] | None:
         """What changes when the image does, and its label, without reading it; None where that cannot be said."""
@@ -50,19 +54,11 @@ class Source(Protocol):
         ...
 
 
-def stamp_of(path: str | Path, place: int = 0) -> str:
-    """A file (an image, or a container that has one at `place`) by name, size and time; "" if it is not there."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return ""
-    return f"{os.path.abspath(path)}:{place}:{found.st_size}:{found.st_mtime_ns}"
-
-
 class Digits:
     """scikit-learn's 8x8 digits, fixed split ("train" or "val")."""
 
     classes = tuple("0123456789")
+    place = ""
 
     def __init__(self, split: str) -> None:
         images, labels = samples.digits(split)
@@ -73,6 +69,9 @@ class Digits:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.images[index]), self._labels[index]
+
+    def name(self, index: int) -> str:
+        return f"digit {index}"
 
     def peek(self, index: int) -> None:
         return None
@@ -88,9 +87,14 @@ class TimmSource:
     """
 
     def __init__(self, name: str, root: str, split: str, class_map: str = "") -> None:
-        if name.partition("/")[0] in ("wds", "tfds", "hfids"):
+        kind = name.partition("/")[0]
+        if kind in ("wds", "tfds", "hfids"):
             raise ValueError(
                 f"data.dataset: {name!r} is a stream and cannot be resumed exactly; use 'wds' (local shards) or 'hfds/...'"
+            )
+        if kind not in ("", "hfds", "torch"):
+            raise ValueError(
+                f"data.dataset: no {name!r}; have '' (folder or tar file), 'digits', 'wds' (local shards), 'hfds/NAME', 'torch/NAME'"
             )
         if not name and not (root and Path(root).exists()):
             raise ValueError(f"data.root: no such folder or tar file: {root or '(empty)'}")
@@ -98,18 +102,15 @@ class TimmSource:
             self.dataset: Any = timm.data.create_dataset(
                 name, root=root or None, split=split, class_map=class_map or None, is_training=False
             )
-        except (RuntimeError, OSError, AssertionError, ImportError) as error:
+        except ModuleNotFoundError as error:
+            raise ValueError(f"data.dataset: {name!r} needs a package: pip install {error.name}") from None
+        except (RuntimeError, OSError, ValueError, AssertionError) as error:
             raise ValueError(f"data: {root or name}, split {split!r}: {str(error).splitlines()[0]}") from None
         self.reader = getattr(self.dataset, "reader", None)
+        self.place = "" if name else str(self.reader.root)
         if not len(self.dataset):
             raise ValueError(f"data: {root or name}, split {split!r}: no images")
-        # timm's folder and tar readers name it differently
-        index = (
-            getattr(self.reader, "class_to_idx", None)
-            or getattr(self.reader, "class_name_to_idx", None)
-            or {}
-        )
-        self.classes = tuple(str(c) for c, _ in sorted(index.items(), key=lambda item: item[1]))
+        self.classes = in_order(getattr(self.reader, "class_to_idx", None) or {})
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -127,84 +128,56 @@ class TimmSource:
             image.load()
         return image, int(label)
 
+    def name(self, index: int) -> str:
+        return str(self.reader.samples[index][0]) if self.place else f"image {index}"
+
     def peek(self, index: int) -> tuple[str, int] | None:
-        samples = getattr(self.reader, "samples", None)
-        if not samples or not isinstance(
-            samples[index][0], str
-        ):  # members of tar files, Hugging Face's data sets
+        if not self.place:
             return None
-        path, label = samples[index]
+        path, label = self.reader.samples[index]
         return stamp_of(path), int(label)
 
     def labels(self) -> list[int] | None:
-        samples = getattr(self.reader, "samples", None)
-        return [int(label) for _, label in samples] if samples and isinstance(samples[0][0], str) else None
-
-
-class Shards:
-    """webdataset tar files (`KEY.jpg` beside `KEY.cls`), indexed once, so that every image has a number.
-
-    `root` is a folder with `*.tar`, or has a sub-folder of the split's name with them, or is one tar file.
-    """
-
-    classes: Sequence[str] = ()
-
-    def __init__(self, root: str, split: str) -> None:
-        base = Path(root)
-        folder = base / split if (base / split).is_dir() else base
-        files = [base] if base.is_file() else sorted(folder.glob("*.tar"))
-        if not files:
-            raise ValueError(f"data.root: no tar files in {folder}")
-        self.entries: list[tuple[Path, str, int, int, int]] = []  # file, name, offset, size, label
-        for file in files:
-            self._index(file)
-        if not self.entries:
-            raise ValueError(f"data.root: no image with a .cls beside it in {folder}")
-
-    def _index(self, file: Path) -> None:
-        images: dict[str, tarfile.TarInfo] = {}
-        labels: dict[str, int] = {}
-        try:
-            with tarfile.open(file) as tar:
-                for member in tar:
-                    key, _, ending = member.name.rpartition(".")
-                    if f".{ending.lower()}" in get_img_extensions():
-                        images[key] = member
-                    elif ending == "cls" and (content := tar.extractfile(member)):
-                        with suppress(
-                            ValueError
-                        ):  # without a readable label the image is left out, as without any
-                            labels[key] = int(content.read())
-        except tarfile.TarError as error:
-            raise ValueError(f"data.root: {file} is not a tar file: {error}") from None
-        self.entries += [
-            (file, m.name, m.offset_data, m.size, labels[key]) for key, m in images.items() if key in labels
-        ]
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        path, _, offset, size, label = self.entries[index]
-        with open(path, "rb") as file:
-            file.seek(offset)
-            return Image.open(io.BytesIO(file.read(size))), label
-
-    def peek(self, index: int) -> tuple[str, int] | None:
-        path, _, offset, _, label = self.entries[index]
-        return stamp_of(path, offset), label
-
-    def labels(self) -> list[int]:
-        return [label for *_, label in self.entries]
+        return [int(label) for _, label in self.reader.samples] if self.place else None
 
 
 def open_source(dataset: str, root: str, split: str, class_map: str = "") -> Source:
-    """The images that `dataset` names: "digits", "wds" (local shards), or what timm calls it ("" is a folder or tar)."""
+    """The images that `dataset` names: "digits", "wds" (local shards), or what timm calls it.
+
+    "" is a folder of classes, a tar file, or a folder that has one of these for each split.
+    """
     if dataset == "digits":
         return Digits("train" if split == "train" else "val")
     if dataset == "wds":
         return Shards(root, split)
+    if not dataset and (file := _tar_of(Path(root), split)):
+        return Tar(file, class_map)
     return TimmSource(dataset, root, split, class_map)
+
+
+def _tar_of(root: Path, split: str) -> Path | None:
+    """`root` itself or its tar file of the split, under any of timm's words for it."""
+    if root.suffix.lower() == ".tar" and root.is_file():
+        return root
+    words = next((words for words in _SPLITS if split in words), ())
+    found = (root / f"{word}.tar" for word in (split, *words))
+    return next((file for file in found if file.is_file()), None)
+
+
+def open_splits(dataset: str, root: str, train: str, held_out: str, class_map: str = "") -> list[Source]:
+    """The images to train on, and those held out.
+
+    Raises: ValueError: as `open_source`, or what is held out is trained on, which only equal names of both splits ask for.
+    """
+    sources = [open_source(dataset, root, split, class_map) for split in (train, held_out)]
+    first, second = (Path(source.place).resolve() for source in sources)
+    shared = sources[0].place and (first == second or second in first.parents or first in second.parents)
+    if shared and train != held_out:
+        raise ValueError(
+            f"data.held_out: {root} has no split {held_out!r} of its own, so what is trained on would be measured; "
+            f"name the one that is there, or say data.held_out={train} to mean it"
+        )
+    return sources
 
 
 class LabelledImages:
@@ -225,10 +198,12 @@ class LabelledImages:
         try:
             image, label = self.source.read(index)
             image = image.convert(self.mode)
+        except UnidentifiedImageError:
+            raise CorruptSample(self.source.name(index), "not an image") from None
         except _DAMAGED as error:
-            raise CorruptSample(f"image {index}", f"{type(error).__name__}: {error}") from None
+            raise CorruptSample(self.source.name(index), f"{type(error).__name__}: {error}") from None
         if label < 0:
-            raise CorruptSample(f"image {index}", "has no label")
+            raise CorruptSample(self.source.name(index), "has no label")
         return image, label
 
     def sample(self, index: int, seed: int) -> dict[str, Tensor]:

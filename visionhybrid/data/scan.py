@@ -69,6 +69,15 @@ def split_folders(root: str, train: str, held_out: str) -> tuple[Path, Path | No
     return first, base / held_out
 
 
+def stamp_of(path: str | Path, place: int = 0) -> str:
+    """A file (an image, or a container that has one at `place`) by name, size and time; "" if it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ""
+    return f"{os.path.abspath(path)}:{place}:{found.st_size}:{found.st_mtime_ns}"
+
+
 def read_list(path: str | Path) -> list[str]:
     """Names from a meta-info list: one relative path a line, a size in brackets after it is ignored.
 

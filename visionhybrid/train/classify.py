@@ -15,7 +15,7 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from visionhybrid.data.classification import LabelledImages, Mix, open_source
+from visionhybrid.data.classification import LabelledImages, Mix, Source, open_splits
 from visionhybrid.data.errors import CorruptSample
 from visionhybrid.train import start
 from visionhybrid.train.config import Classification, ConfigError
@@ -37,9 +37,11 @@ class Classify(start.Released):
                 f"augment.mean and augment.std need 1 or 3 values, got {augment.mean} and {augment.std}"
             )
         self.repeat = data.repeat
-        train = open_source(data.dataset, data.root, data.train, data.class_map)
-        held_out = open_source(data.dataset, data.root, data.held_out, data.class_map)
+        sources = open_splits(data.dataset, data.root, data.train, data.held_out, data.class_map)
+        train, held_out = sources
         _check_classes(train.classes, held_out.classes, data.num_classes, data.root or data.dataset)
+        for source in sources:
+            _check_labels(source, data.num_classes)
         self.train_set = LabelledImages(train, self._transform(True), self.mode)
         self.held_out = LabelledImages(held_out, self._transform(False), self.mode)
         self.mix = self._mix()
@@ -54,19 +56,24 @@ class Classify(start.Released):
         if not training:
             interpolation = "bicubic" if a.interpolation == "random" else a.interpolation
             return create_transform(shape, **{**common, "interpolation": interpolation}, crop_pct=a.crop)
-        return create_transform(
-            shape,
-            is_training=True,
-            scale=a.scale,
-            ratio=a.ratio,
-            hflip=a.flip,
-            color_jitter=a.color_jitter,
-            auto_augment=a.policy,
-            re_prob=a.erase,
-            re_mode=a.erase_mode,
-            re_count=a.erase_count,
-            **common,
-        )
+        try:
+            return create_transform(
+                shape,
+                is_training=True,
+                scale=a.scale,
+                ratio=a.ratio,
+                hflip=a.flip,
+                color_jitter=a.color_jitter,
+                auto_augment=a.policy,
+                re_prob=a.erase,
+                re_mode=a.erase_mode,
+                re_count=a.erase_count,
+                **common,
+            )
+        except (AssertionError, KeyError, ValueError) as error:  # timm checks the words of the policy only
+            raise ConfigError(
+                f"augment.policy: timm cannot read {a.policy!r}, as in 'rand-m9-mstd0.5-inc1'{error and f': {error}'}"
+            ) from None
 
     def _mix(self) -> Mix | None:
         a = self.config.augment
@@ -129,10 +136,12 @@ class Classify(start.Released):
         chosen = share(len(self.held_out), accelerator)[: limit * batch if limit else None]
         views = DataLoader(_HeldOut(self.held_out, chosen), batch, num_workers=self.config.loop.workers)
         sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+        unreadable = 0
         for number, (image, label, weight) in enumerate(views):
             update(number / len(views))
             logits = model(image.to(accelerator.device)).double()
-            label, weight = label.to(logits.device), weight.to(logits.device)
+            unreadable += int((label < 0).sum())
+            label, weight = label.clamp(min=0).to(logits.device), weight.to(logits.device)
             best = logits.topk(min(5, logits.shape[1]), 1).indices == label[:, None]
             # a NaN has no place in a ranking
             hits = best & logits.isfinite().all(1, keepdim=True)
@@ -143,6 +152,10 @@ class Classify(start.Released):
         ).tolist()
         if not count:
             raise ValueError("no held-out image could be read")
+        if unreadable:
+            self.notes.append(
+                f"held-out images left out, as they cannot be read: {unreadable} of {len(chosen)}"
+            )
         return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
 
     def samples(self, model: nn.Module, folder: Path) -> list[Path]:
@@ -188,7 +201,7 @@ class Classify(start.Released):
 
 
 class _HeldOut(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Chosen held-out images with their weights; an unreadable one gets weight 0."""
+    """Chosen held-out images with their labels and weights; an unreadable one gets label -1 and weight 0."""
 
     def __init__(self, images: LabelledImages, chosen: list[tuple[int, float]]) -> None:
         self.images, self.chosen = images, chosen
@@ -202,7 +215,7 @@ class _HeldOut(Dataset[tuple[Tensor, Tensor, Tensor]]):
             sample = self.images.sample(index, 0)
         except CorruptSample:
             blank = Image.new(self.images.mode, (8, 8))
-            return self.images.transform(blank), torch.tensor(0), torch.tensor(0.0)
+            return self.images.transform(blank), torch.tensor(-1), torch.tensor(0.0)
         return sample["image"], sample["label"], torch.tensor(weight)
 
 
@@ -214,3 +227,12 @@ def _check_classes(train: Any, held_out: Any, expected: int, where: str) -> None
     if train and held_out and tuple(train) != tuple(held_out):
         odd = sorted(set(train) ^ set(held_out))
         raise ValueError(f"data: training and held-out classes of {where} differ, first in {odd[0]!r}")
+
+
+def _check_labels(source: Source, classes: int) -> None:
+    """Labels of sources that do not know their classes."""
+    labels = source.labels()
+    if labels and max(labels) >= classes:
+        raise ValueError(
+            f"data.num_classes is {classes}, but {source.place} has label {max(labels)} (the first one is 0)"
+        )

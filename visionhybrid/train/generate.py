@@ -17,7 +17,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 from visionhybrid.data.captions import Captioned, open_captions
-from visionhybrid.data.classification import LabelledImages, Source, open_source
+from visionhybrid.data.classification import LabelledImages, Source, open_splits
 from visionhybrid.data.encoded import Encoded, open_encoded
 from visionhybrid.data.errors import CorruptSample
 from visionhybrid.data.latents import Cut, Latents
@@ -113,10 +113,7 @@ class Generate:
             )
             self.notes += notes
             return sources[0], sources[1]
-        train, held_out = (
-            open_source(data.dataset, data.root, split, data.class_map)
-            for split in (data.train, data.held_out)
-        )
+        train, held_out = open_splits(data.dataset, data.root, data.train, data.held_out, data.class_map)
         self._check_classes(train)
         return train, held_out
 

@@ -27,7 +27,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from visionhybrid.train.state import write_text
+from visionhybrid.train.state import naming, write_text
 
 PLAIN_EVERY = 15.0  # seconds between lines where there is no terminal
 
@@ -93,7 +93,7 @@ class Log:
             self.console.print(text, highlight=False, markup=False)
 
     def _append(self, row: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def _write_csv(self, rows: list[dict[str, Any]]) -> None:

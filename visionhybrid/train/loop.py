@@ -81,17 +81,13 @@ class Trainer:
         )
 
     def batches(self) -> Iterator[Batch]:
-        """Batches from where the run stands, without end."""
+        """Batches from where the run stands, without end. Raises: ValueError: one could not be made."""
         pin = self.accelerator.device.type == "cuda"
-        return iter(
-            loader(
-                self.task.train_set,
-                self._stream(self.position),
-                self.task.collate,
-                workers=self.config.loop.workers,
-                pin=pin,
-            )
+        plans = self._stream(self.position)
+        found = loader(
+            self.task.train_set, plans, self.task.collate, workers=self.config.loop.workers, pin=pin
         )
+        return map(Batch.checked, iter(found))
 
     # -- one update --------------------------------------------------------------------------------------------------
 

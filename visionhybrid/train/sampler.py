@@ -55,6 +55,13 @@ class Batch:
     tensors: Sample
     after: Position  # where the run continues once this batch is used
     corrupt: tuple[str, ...] = ()
+    failure: str = ""  # why there are no tensors
+
+    def checked(self) -> Batch:
+        """Itself. Raises: ValueError: `failure`."""
+        if self.failure:
+            raise ValueError(self.failure)
+        return self
 
     def pin_memory(self) -> Batch:
         self.tensors = {name: value.pin_memory() for name, value in self.tensors.items()}
@@ -113,15 +120,18 @@ class Stream:
 
 
 class _Fetch:
-    """What a worker runs: a plan in, a batch out."""
+    """What a worker runs: a plan in, a batch out. Its errors are told in the batch: torch makes a page of them."""
 
     def __init__(self, data: TrainSet, collate: Callable[[list[Sample], int], Sample]) -> None:
         self.data, self.collate = data, collate
 
     def __getitems__(self, plan: Plan) -> Batch:
         corrupt: list[str] = []
-        samples = [self.read(i, s, corrupt) for i, s in zip(plan.indices, plan.seeds, strict=True)]
-        return Batch(tensors=self.collate(samples, plan.seed), after=plan.after, corrupt=tuple(corrupt))
+        try:
+            samples = [self.read(i, s, corrupt) for i, s in zip(plan.indices, plan.seeds, strict=True)]
+            return Batch(tensors=self.collate(samples, plan.seed), after=plan.after, corrupt=tuple(corrupt))
+        except ValueError as error:
+            return Batch(tensors={}, after=plan.after, failure=str(error))
 
     def read(self, index: int, seed: int, corrupt: list[str]) -> Sample:
         """Sample `index`; while it cannot be read, another one that depends on `seed` only."""

@@ -64,7 +64,7 @@ def _begin(trainer: Trainer) -> None:
     """Write what the run is, find where it stands."""
     if trainer.accelerator.is_main_process:
         trainer.out.mkdir(parents=True, exist_ok=True)
-        state.clean(trainer.checkpoints)
+        state.clean(trainer.out, trainer.checkpoints)
     trainer.accelerator.wait_for_everyone()
     path, skipped = state.newest(trainer.checkpoints)
     if path is None and skipped:
@@ -95,6 +95,7 @@ def _describe(trainer: Trainer) -> None:
     state.write_text(saved, new)
     if not (trainer.out / "command.txt").is_file():
         state.write_text(trainer.out / "command.txt", shlex.join(sys.argv) + "\n")
+    if not (trainer.out / "environment.json").is_file():
         state.write_text(trainer.out / "environment.json", json.dumps(environment(trainer), indent=2) + "\n")
 
 

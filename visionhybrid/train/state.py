@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -231,11 +232,18 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
     valid = [path for path in _checkpoints(folder) if why_invalid(path, contents=False) is None]
     for path in valid[:-keep]:
         if step_of(path) != best:
-            shutil.rmtree(path)
+            aside = path.with_name(f".{path.name}.gone.tmp")  # killed in between, `clean` does the rest
+            path.rename(aside)
+            shutil.rmtree(aside)
 
 
-def clean(folder: Path) -> None:
-    """Finish what a killed process left: half-written checkpoints go, one that had stepped aside comes back."""
+def clean(out: Path, folder: Path) -> None:
+    """Finish what a killed process left in the run directory `out` and its `folder` of checkpoints.
+
+    What was half written or half removed goes, a checkpoint that had stepped aside comes back.
+    """
+    for path in out.glob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     if not folder.is_dir():
         return
     for path in folder.glob(".step_*.old"):
@@ -249,13 +257,23 @@ def clean(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` as a whole: a reader sees the old text or the new."""
+    """Replace `path` as a whole: a reader sees the old text or the new. Raises: OSError that names the file."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with naming(path):
+        try:
+            _put(aside, text.encode())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the disk inside names `path`: that of a full one comes without a name."""
     try:
-        _put(aside, text.encode())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path)) from error
 
 
 def load_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], what: str) -> None:
