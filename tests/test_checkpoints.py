@@ -11,7 +11,7 @@ from toy import TOY, Toy, authors, same
 
 import visionhybrid
 from visionhybrid.models import registry
-from visionhybrid.models.checkpoint import UnknownKeysError, rename, save, warm_start
+from visionhybrid.models.checkpoint import UnknownKeysError, load_as, rename, save, warm_start
 from visionhybrid.models.restorer import padded
 
 pytestmark = pytest.mark.usefixtures("toy_system")
@@ -49,6 +49,14 @@ def test_a_misspelt_option_names_the_nearest(toy):
         visionhybrid.load(authors(toy), gian=2.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("gain", "much"), ("gain", None), ("gain", True), ("depth", 2.0)]
+)
+def test_an_option_of_the_wrong_kind_is_named(name, value, toy):
+    with pytest.raises(ValueError, match=f"{name} should be like [12].*, got {value!r}"):
+        visionhybrid.load(authors(toy), **{name: value})
+
+
 def test_unknown_architecture_lists_systems_and_keys():
     with pytest.raises(
         ValueError, match=r"no system recognises these weights \(have .*toy.*\); keys: fc\.weight"
@@ -63,6 +71,15 @@ def test_two_systems_that_recognise_one_state_are_an_error(toy, monkeypatch):
     same(visionhybrid.load(authors(toy), system="toy"), toy)
     with pytest.raises(ValueError, match="no system 'tyo'"):
         visionhybrid.load(authors(toy), system="tyo")
+
+
+def test_weights_of_another_system_than_asked_for(toy):
+    with pytest.raises(ValueError, match=r"these are weights of toy, not of hat; keys: .*\(\d+ in all\)"):
+        visionhybrid.load(authors(toy), system="hat")
+    with pytest.raises(ValueError, match=r"state dict: these are no weights of hat; keys: a\.weight"):
+        load_as("vh_hat_small_x2", {"a.weight": torch.zeros(3), "b.weight": torch.zeros(3)})
+    with pytest.raises(ValueError, match="vh_hat_small_x2 has no tag 'df3k'; have df2k"):
+        load_as("vh_hat_small_x2.df3k", authors(toy))
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["our keys", "authors' keys"])

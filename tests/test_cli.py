@@ -202,7 +202,8 @@ def test_as_a_process(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert (
         done.stderr
-        == f"error: {evil}: refused, it would run posix.system; only tensors and plain values are read\n"
+        == f"error: {evil}: refused, it would run posix.system; only tensors and plain values are read; "
+        "of a model, save state_dict()\n"
     )
     done = process("inspect", str(evil), "--debug")
     assert done.returncode == 1

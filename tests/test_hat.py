@@ -361,6 +361,8 @@ def test_meta_device_then_real():
         (dict(key_window_size=7), "even number, got 7 and 4"),
         (dict(num_heads=(3, 3)), "multiple of num_heads, got 16 and 3"),
         (dict(depths=(1,)), "need one length, got 1 and 2"),
+        (dict(shift=4), "shift goes from 0 to below window_size 4, got 4"),
+        (dict(img_range=0), "img_range must be positive, got 0"),
     ],
     ids=str,
 )

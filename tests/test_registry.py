@@ -14,7 +14,7 @@ from toy import TOY, Toy, authors, randomised
 import visionhybrid
 from visionhybrid.models import registry
 from visionhybrid.models.checkpoint import pretrained
-from visionhybrid.models.facts import facts, tags_of
+from visionhybrid.models.facts import facts
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_no_name_claims_weights_to_timm():
 def test_every_published_weight_belongs_to_a_name_and_a_tag():
     for key, weights in registry.WEIGHTS.items():
         name, _, tag = key.partition(".")
-        assert tag in tags_of(name)
+        assert tag in registry.tags_of(name)
         assert weights.license
         assert weights.purpose
         assert weights.hub or weights.url, f"{key}: nowhere to fetch it from"

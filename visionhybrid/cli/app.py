@@ -178,7 +178,7 @@ def open_model(model: str, weights: str = "", key: str = "", options: list[str] 
         "/" in model or Path(model).suffix in (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
     ):
         raise ValueError(f"{model}: no such file")
-    registry.require(name)
+    registry.require(model)
     from visionhybrid.models import checkpoint
 
     if not weights:

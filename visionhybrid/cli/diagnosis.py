@@ -180,6 +180,6 @@ def _untrained(name: str, option: list[str] | None) -> nn.Module:
 
     from visionhybrid.models import registry
 
-    registry.require(name.partition(".")[0])
+    registry.require(name)
     torch.manual_seed(0)
     return timm.create_model(name, **dict(parse_option(word) for word in option or ())).eval()

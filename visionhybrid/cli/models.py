@@ -24,23 +24,26 @@ def list_(
     import timm
 
     import visionhybrid
+    from visionhybrid.infer.progress import bar
     from visionhybrid.models import facts, registry
 
     names = visionhybrid.list_models(filter, task=task or None)
     rows: list[dict[str, Any]] = []
-    for name in names:
-        system = registry.SYSTEMS[registry.SYSTEM_OF[name]]
-        model = timm.create_model(name, device="meta")
-        rows.append(
-            {
-                "name": name,
-                "task": system.task,
-                "system": system.name,
-                "scale": getattr(model, "scale", None) if system.task == "restoration" else None,
-                "parameters": facts.parameters(model),
-                "weights": [key for key in registry.WEIGHTS if key.partition(".")[0] == name],
-            }
-        )
+    with bar(not json, "counting") as update:
+        for name in names:
+            update(len(rows) / len(names), f"counting {name}")
+            system = registry.SYSTEMS[registry.SYSTEM_OF[name]]
+            model = timm.create_model(name, device="meta")
+            rows.append(
+                {
+                    "name": name,
+                    "task": system.task,
+                    "system": system.name,
+                    "scale": getattr(model, "scale", None) if system.task == "restoration" else None,
+                    "parameters": facts.parameters(model),
+                    "weights": [key for key in registry.WEIGHTS if key.partition(".")[0] == name],
+                }
+            )
     if json:
         show.as_json(rows)
     elif not rows:

@@ -44,10 +44,7 @@ def facts(name: str) -> Facts:
     Raises:
         ValueError: no such name; suggests the nearest.
     """
-    base, _, tag = name.partition(".")
-    registry.require(base)
-    if tag and tag not in tags_of(base):
-        raise ValueError(f"{base} has no tag {tag!r}; have {', '.join(tags_of(base)) or 'none'}")
+    base = registry.require(name)
     cfg = registry.default_cfg(name)
     system = registry.SYSTEMS[registry.SYSTEM_OF[base]]
     model = timm.create_model(base, device="meta").eval()
@@ -71,7 +68,7 @@ def facts(name: str) -> Facts:
             for info in getattr(model, "feature_info", ())
         ),
         options=dict(registry.VARIANTS[base]),
-        tags=tuple(tags_of(base)),
+        tags=tuple(registry.tags_of(base)),
         weights=_weights(base),
         example=_example(base, system.task, size, cfg),
     )
@@ -98,14 +95,6 @@ def _input_size(model: nn.Module, task: str, cfg: dict[str, Any]) -> tuple[int, 
     channels = int(getattr(model, "in_chans", cfg["input_size"][0]))
     sides = (RESTORER_SIDE, RESTORER_SIDE) if task == "restoration" else cfg["input_size"][1:]
     return (channels, *sides)
-
-
-def tags_of(base: str) -> list[str]:
-    """Tags of the registered name `base`, as after a dot in `timm.create_model`."""
-    entry = registry.default_cfgs.get(base)  # timm groups the cfgs of a name's tags
-    tags = list(entry.cfgs) if entry is not None else []
-    published = [key.partition(".")[2] for key in registry.WEIGHTS if key.partition(".")[0] == base]
-    return [tag for tag in dict.fromkeys([*tags, *published]) if tag]
 
 
 def _weights(base: str) -> dict[str, dict[str, Any]]:

@@ -177,12 +177,24 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def require(name: str) -> None:
-    """ValueError with the nearest registered name unless `name` is one."""
-    if name not in SYSTEM_OF:
-        near = difflib.get_close_matches(name, [*SYSTEM_OF, *(n.removeprefix("vh_") for n in SYSTEM_OF)], 1)
+def require(name: str) -> str:
+    """The registered name in `name`, which may have a tag after a dot; ValueError with the nearest one if there is none such."""
+    base, _, tag = name.partition(".")
+    if base not in SYSTEM_OF:
+        near = difflib.get_close_matches(base, [*SYSTEM_OF, *(n.removeprefix("vh_") for n in SYSTEM_OF)], 1)
         hint = f"; did you mean {near[0] if near[0] in SYSTEM_OF else 'vh_' + near[0]!r}?" if near else ""
-        raise ValueError(f"no model {name!r}{hint} (`visionhybrid list` has {len(SYSTEM_OF)})")
+        raise ValueError(f"no model {base!r}{hint} (`visionhybrid list` has {len(SYSTEM_OF)})")
+    if tag and tag not in tags_of(base):
+        raise ValueError(f"{base} has no tag {tag!r}; have {', '.join(tags_of(base)) or 'none'}")
+    return base
+
+
+def tags_of(base: str) -> list[str]:
+    """Tags of the registered name `base`, as after a dot in `timm.create_model`."""
+    entry = default_cfgs.get(base)  # timm groups the cfgs of a name's tags
+    tags = list(entry.cfgs) if entry is not None else []
+    published = [key.partition(".")[2] for key in WEIGHTS if key.partition(".")[0] == base]
+    return [tag for tag in dict.fromkeys([*tags, *published]) if tag]
 
 
 def default_cfg(name: str) -> dict[str, Any]:

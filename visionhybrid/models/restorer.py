@@ -85,6 +85,8 @@ class Restorer(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: a restorer has no classes, num_classes must be 0, got {num_classes}"
             )
+        if not img_range > 0:
+            raise ValueError(f"{type(self).__name__}: img_range must be positive, got {img_range}")
         if len(mean) not in (1, in_chans):
             raise ValueError(f"{type(self).__name__}: mean needs 1 or {in_chans} values, got {len(mean)}")
         dd = {"device": device, "dtype": dtype}

@@ -191,7 +191,7 @@ def _reason(path: Path, error: Exception) -> str:
     hit = re.search(r"(?:GLOBAL|global:?) ([\w.]+\.[\w.]+)", str(error))
     names = [hit[1]] if hit else sorted(_pickled_globals(path))
     if names:
-        return f"refused, it would run {', '.join(names)}; only tensors and plain values are read"
+        return f"refused, it would run {', '.join(names)}; only tensors and plain values are read; of a model, save state_dict()"
     return "not a checkpoint that torch.save wrote: " + (_unpickler_line(error) or _first_line(error))
 
 

@@ -80,17 +80,20 @@ def _identify(
         taken = _below(state, prefix)
         if not taken:
             raise ValueError(f"no key begins with {prefix!r}; the first are {_some(state)}")
-        return taken, prefix, given or _owner(taken)
+        return taken, prefix, _claimed(given, taken) if given else _owner(taken)
     # The deepest level that is recognised: a system may know its authors' detectors, too, which are all "backbone.".
-    found, removed, rest = (state, "", given), "", state
+    found, removed, rest = (state, "", None), "", state
     while True:
         owner = (given if given.recognise(rest) else None) if given else _owner(rest)
         if owner is not None:
             found = (rest, removed, owner)
         common = containers.common_prefix(rest)
         if not common:
-            return found
+            break
         removed, rest = removed + common, _below(rest, common)
+    if given and found[2] is None:
+        _claimed(given, rest)
+    return found
 
 
 def _owner(state: Mapping[str, Tensor]) -> System | None:
@@ -99,6 +102,15 @@ def _owner(state: Mapping[str, Tensor]) -> System | None:
         names = " and ".join(repr(system.name) for system in owners)
         raise ValueError(f"could be {names}; choose with system=")
     return owners[0] if owners else None
+
+
+def _claimed(system: System, state: Mapping[str, Tensor]) -> System:
+    """`system`, if it recognises `state`."""
+    if system.recognise(state):
+        return system
+    others = [other.name for other in registry.SYSTEMS.values() if other.recognise(state)]
+    told = f"weights of {' or '.join(others)}, not" if others else "no weights"
+    raise ValueError(f"these are {told} of {system.name}; keys: {_some(state)}")
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -152,7 +164,29 @@ def keywords(found: Found, given: Mapping[str, Any]) -> dict[str, Any]:
             hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(own))}"
             raise ValueError(f"{found.where}: {system.name} has no option {name!r}{hint}")
     with _one_line(found):
+        _check_kinds(system, given)
         return dict(_without_unknown_keys(lambda state: system.options(state, **given), found.state)[0])
+
+
+def _check_kinds(system: System, given: Mapping[str, Any]) -> None:
+    """Each of `given` has to be of the kind of the constructor's default, or a list of such; None as default says nothing."""
+    parameters = introspection.signature(system.build).parameters
+    for name, value in given.items():
+        parameter = parameters.get(system.aliases.get(name, name))
+        default = parameter.default if parameter else None
+        if default is None or default is introspection.Parameter.empty:
+            continue
+        listed = isinstance(value, (list, tuple))
+        items = cast("list[Any]", value) if listed else [value]
+        one, fits = (default[0], listed) if isinstance(default, (list, tuple)) else (default, True)
+        if not (fits and all(_is_like(item, one) for item in items)):
+            raise ValueError(f"{name} should be like {json.dumps(default)}, got {value!r}")
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, type(default)) and (isinstance(default, bool) or not isinstance(value, bool))
 
 
 def _without_unknown_keys(
@@ -176,7 +210,9 @@ def _one_line(found: Found) -> Generator[None, None, None]:
         raise ValueError(f"{found.where}: looks like {name}, but has no key {error.args[0]!r}") from error
     except ValueError as error:
         raise ValueError(f"{found.where}: {name}: {error}") from error
-    except (IndexError, TypeError, ZeroDivisionError, OverflowError, RuntimeError) as error:
+    except (
+        IndexError, TypeError, AttributeError, AssertionError, ZeroDivisionError, OverflowError, RuntimeError,
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{found.where}: {name}: no model has these shapes and options: {reason}") from error
 
@@ -251,8 +287,7 @@ def load_as(
     Raises:
         ValueError: as `load`; an unknown name; weights of another architecture.
     """
-    base = name.partition(".")[0]
-    registry.require(base)
+    base = registry.require(name)
     found = find(source, key=key, system=registry.SYSTEM_OF[base])
     made_with = registry.hidden(registry.VARIANTS[base])
     return _load(found, {**made_with, **options}, dtype, device, allow_nonfinite, name)

@@ -19,6 +19,7 @@ from visionhybrid.models.checkpoint import containers, loading
 from visionhybrid.models.registry import System, Weights
 
 FOLDER = "VISIONHYBRID_WEIGHTS"  # environment variable: a folder with weights fetched by hand
+_OWN = "name a file: --weights PATH, in Python pretrained_cfg_overlay=dict(file=PATH)"
 
 
 def overlay(name: str, system: System, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,9 +66,7 @@ def locate(name: str, tag: str | None, cache_dir: str | Path | None = None) -> P
     if weights is None:
         others = sorted(other for other in registry.WEIGHTS if other.partition(".")[0] == name)
         have = f"have {', '.join(others)}" if others else "none are listed for this model"
-        raise ValueError(
-            f"no published weights for {full} ({have}); give a file by pretrained_cfg_overlay=dict(file=...)"
-        )
+        raise ValueError(f"no published weights for {full} ({have}); {_OWN}")
     stored = _in_folder(full, weights)
     if stored is not None:
         return stored
@@ -86,7 +85,7 @@ def locate(name: str, tag: str | None, cache_dir: str | Path | None = None) -> P
     )
     raise FileNotFoundError(
         f"{full}: {reason}; fetch {weights.file} from {where or 'its authors'}, then put it into a folder named by "
-        f"${FOLDER} as {_names(full, weights)[0]}, or pass pretrained_cfg_overlay=dict(file=PATH)"
+        f"${FOLDER} as {_names(full, weights)[0]}, or {_OWN}"
     )
 
 

@@ -312,6 +312,8 @@ class HAT(Restorer):
                 f"HAT: key_window_size must be window_size plus an even number, got {key_window_size} and {window_size}"
             )
         shift = window_size // 2 if shift is None else shift
+        if not 0 <= shift < window_size:
+            raise ValueError(f"HAT: shift goes from 0 to below window_size {window_size}, got {shift}")
         total = sum(depths)
         rates = [drop_path_rate * i / max(total - 1, 1) for i in range(total)]
         shared = dict(window_size=window_size, mlp_dim=mlp_dim, qkv_bias=qkv_bias, qk_scale=qk_scale)
@@ -349,6 +351,8 @@ class HAT(Restorer):
     @torch.no_grad()
     def init_weights(self) -> None:
         """The authors' initialisation: normal 0.02 for linear layers and tables, PyTorch's own for convolutions."""
+        if self.stem.weight.is_meta:  # nothing to fill, and timm would count each operation at length
+            return
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
