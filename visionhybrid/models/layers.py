@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from visionhybrid.kernels.precision import widened
+from visionhybrid.models.rematerialize import LeanConv2d
 
 
 def scale_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -338,7 +339,7 @@ def deploy_convolutions(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if (
-                type(child) is nn.Conv2d
+                type(child) in (nn.Conv2d, LeanConv2d)
                 and child.padding_mode == "zeros"
                 and not isinstance(child.padding, str)
             ):

@@ -22,6 +22,7 @@ from visionhybrid.models.layers import (
     scale_shift,
     set_bias,
 )
+from visionhybrid.models.rematerialize import LeanConv2d
 
 
 class ConvNormAct(nn.Module):
@@ -29,7 +30,7 @@ class ConvNormAct(nn.Module):
 
     def __init__(self, dim_in: int, dim: int, *, stride: int = 1, **dd: Any) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim_in, dim, 3, stride, 1, bias=False, **dd)
+        self.conv = LeanConv2d(dim_in, dim, 3, stride, 1, bias=False, **dd)
         self.norm = nn.BatchNorm2d(dim, **dd)
         self.act = nn.ReLU(inplace=True)
 
@@ -64,7 +65,7 @@ class PatchEmbed(nn.Module):
         pool = partial(nn.AvgPool2d, 2, 2, ceil_mode=True, count_include_pad=False)
         identity = stride != 2 and dim_in == dim
         self.pool = pool() if stride == 2 else nn.Identity()
-        self.conv = nn.Identity() if identity else nn.Conv2d(dim_in, dim, 1, bias=False, **dd)
+        self.conv = nn.Identity() if identity else LeanConv2d(dim_in, dim, 1, bias=False, **dd)
         self.norm = nn.Identity() if identity else nn.BatchNorm2d(dim, **dd)
 
     def reparameterize(self) -> None:
@@ -79,10 +80,10 @@ class MHCA(nn.Module):
 
     def __init__(self, dim: int, *, head_dim: int = 32, **dd: Any) -> None:
         super().__init__()
-        self.group_conv3x3 = nn.Conv2d(dim, dim, 3, 1, 1, groups=dim // head_dim, bias=False, **dd)
+        self.group_conv3x3 = LeanConv2d(dim, dim, 3, 1, 1, groups=dim // head_dim, bias=False, **dd)
         self.norm = nn.BatchNorm2d(dim, **dd)
         self.act = nn.ReLU(inplace=True)
-        self.projection = nn.Conv2d(dim, dim, 1, bias=False, **dd)
+        self.projection = LeanConv2d(dim, dim, 1, bias=False, **dd)
 
     def reparameterize(self) -> None:
         self.norm = absorb_after(self.group_conv3x3, self.norm)
@@ -98,7 +99,7 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, *, ratio: float, drop: float = 0.0, **dd: Any) -> None:
         super().__init__()
         hidden = make_divisible(dim * ratio, 32)
-        self.fc1 = nn.Conv2d(dim, hidden, 1, **dd)
+        self.fc1 = LeanConv2d(dim, hidden, 1, **dd)
         self.act = nn.ReLU(inplace=True)
         self.drop = nn.Dropout(drop)
         self.fc2 = nn.Conv2d(hidden, dim, 1, **dd)
