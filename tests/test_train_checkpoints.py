@@ -121,8 +121,32 @@ def test_what_a_killed_process_left_is_put_in_order(tmp_path):
     saved(tmp_path, 2)
     (tmp_path / "step_00000002").rename(tmp_path / ".step_00000002.old")  # killed between the two renames
     (tmp_path / ".step_00000003.99.tmp").mkdir()
+    (tmp_path / ".metrics.csv.99.tmp").touch()
     state.clean(tmp_path, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+def test_killed_while_an_old_checkpoint_is_removed(tmp_path, monkeypatch):
+    for step in (1, 2):
+        saved(tmp_path, step)
+
+    def half(path):
+        (path / "manifest.json").unlink()
+        raise KeyboardInterrupt  # stands for the end of the process
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state.shutil, "rmtree", half)
+        with pytest.raises(KeyboardInterrupt):
+            state.prune(tmp_path, 1, None)
+    state.clean(tmp_path, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000002"]
+
+
+def test_killed_between_the_files_that_say_what_a_run_is(tmp_path):
+    run(toy(), tmp_path, progress=False)
+    (tmp_path / "environment.json").unlink()
+    run(toy(), tmp_path, progress=False)
+    assert json.loads((tmp_path / "environment.json").read_text())["processes"] == 1
 
 
 def test_full_disk(tmp_path, monkeypatch):
@@ -147,6 +171,19 @@ def test_full_disk(tmp_path, monkeypatch):
     assert names == ["step_00000004", "step_00000005"]
     run(toy(), tmp_path / "full", progress=False)
     assert outcome(tmp_path / "full") == outcome(tmp_path / "whole")
+
+
+def test_full_disk_elsewhere_names_the_file(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as `write` fails: without a name
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "_put", full)
+        with pytest.raises(OSError, match=r"cannot be written: No space left .*report\.md"):
+            state.write_text(tmp_path / "report.md", "text")
+    monkeypatch.setattr("train_case.ToyTask.samples", full)
+    with pytest.raises(OSError, match=r"cannot be written: No space left .*samples/step_00000005"):
+        run(toy(), tmp_path / "run", progress=False)
 
 
 def test_too_little_room_is_seen_before_anything_is_written(tmp_path, monkeypatch):

@@ -320,7 +320,8 @@ class Generate:
         aside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
         shutil.rmtree(aside, ignore_errors=True)
         names = self.train_set.classes if self.config.data.num_classes else ()
-        self.generator.saved(self.bare(model), self.scheduler, names, aside)
+        with state.naming(path):
+            self.generator.saved(self.bare(model), self.scheduler, names, aside)
         state.write_text(aside / "training.json", json.dumps(facts, indent=2) + "\n")
         if path.exists():  # else `old` is what there is: the last release was killed between its two names
             shutil.rmtree(old, ignore_errors=True)

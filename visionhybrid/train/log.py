@@ -77,8 +77,9 @@ class Log:
         if kind == "validation":
             self._write_csv(list(read(self.path)))
         if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+            with naming(self.path.parent / "tensorboard"):
+                for name, value in values.items():
+                    self.board.add_scalar(f"{kind}/{name}", value, step)
         if kind == "validation":
             self.say(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
 

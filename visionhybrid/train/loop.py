@@ -298,7 +298,9 @@ class Trainer:
         with self.evaluating() as model, torch.no_grad():
             self.metrics = self.task.validate(model, self.accelerator, limit, self.log.validating)
             if self.accelerator.is_main_process and not self.sharded:
-                self.task.samples(model, self.out / "samples" / f"step_{self.step:08d}")
+                folder = self.out / "samples" / f"step_{self.step:08d}"
+                with state.naming(folder):
+                    self.task.samples(model, folder)
         self.tell()
         epoch = self.step / self.steps_per_epoch
         self.log.scalars(

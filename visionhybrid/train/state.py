@@ -269,11 +269,15 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An error of the disk inside names `path`: that of a full one comes without a name."""
+    """An error of the disk inside names a file: `path` where it names none by itself, as that of a full disk."""
     try:
         yield
+    except SafetensorError as error:  # as which its errors of the disk come
+        raise OSError(f"{path}: cannot be written: {error}") from None
     except OSError as error:
-        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path)) from error
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
 
 
 def load_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], what: str) -> None:
