@@ -131,6 +131,19 @@ def test_sixteen_bit_tiff_is_read_exactly(tmp_path, channels, how, order):
     np.testing.assert_array_equal(stored(picture), np.atleast_3d(x))
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_sixteen_bit_colours_multiplied_by_alpha_are_divided_again(tmp_path, order):
+    x = samples(4, 16)
+    x[0, 0], x[0, 1], x[0, 2, 3] = 0, (1, 2, 3, 65535), 1
+    x[..., :3] = np.minimum(x[..., :3], x[..., 3:])
+    tifffile.imwrite(tmp_path / "x.tif", x, byteorder=order, photometric="rgb", extrasamples=["assocalpha"])
+    got = stored(read_image(tmp_path / "x.tif"))
+    np.testing.assert_array_equal(got[..., 3], x[..., 3])
+    np.testing.assert_array_equal(got[0, :2], x[0, :2])
+    again = got[..., :3] * (x[..., 3:] / 65535)
+    assert np.abs(again - x[..., :3]).max() <= 0.5
+
+
 def test_sixteen_bit_tiff_where_white_is_zero(tmp_path):
     x = samples(1, 16)
     tifffile.imwrite(tmp_path / "x.tif", x, photometric="miniswhite")
@@ -144,6 +157,13 @@ def test_cmyk_jpeg_becomes_rgb(tmp_path):
     assert len(picture.pixels) == 3
     assert picture.icc is None
     assert "CMYK" in picture.notes[0]
+    assert (picture.pixels.mean((1, 2)) * 255 - torch.tensor([200.0, 90, 30])).abs().max() < 4
+
+
+def test_lab_becomes_rgb_without_its_profile(tmp_path):
+    Image.new("RGB", (9, 7), (200, 90, 30)).convert("LAB").save(tmp_path / "x.tif")
+    picture = read_image(tmp_path / "x.tif")
+    assert (picture.icc, picture.notes) == (None, ("Lab converted to sRGB",))
     assert (picture.pixels.mean((1, 2)) * 255 - torch.tensor([200.0, 90, 30])).abs().max() < 4
 
 
@@ -183,6 +203,8 @@ def test_orientation_is_applied_and_reset(tmp_path, suffix, orientation):
     picture = read_image(tmp_path / f"x.{suffix}")
     np.testing.assert_array_equal(stored(picture), upright)
     assert picture.size == ((24, 16) if orientation < 5 else (16, 24))
+    if suffix != "webp":
+        assert picture.dpi == pytest.approx((100, 200) if orientation < 5 else (200, 100), rel=1e-3)
     write_image(tmp_path / f"y.{suffix}", picture)
     with Image.open(tmp_path / f"y.{suffix}") as image:
         image.load()
@@ -223,6 +245,7 @@ def broken(kind: str) -> bytes:
         (broken("BMP"), "truncated or damaged"),
         (broken("float"), "float samples"),
         (broken("integer"), "32-bit integer samples"),
+        (b"II*\0\x08\0\0\0\0\0\0\0\0\0", "a TIFF that is damaged, or of a kind that is not read"),
     ],
 )
 def test_bad_files_are_one_line_errors(tmp_path, data, reason):

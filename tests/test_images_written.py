@@ -138,6 +138,19 @@ def test_metadata_is_kept(tmp_path, suffix, bits):
     assert (again.exif, again.icc, again.dpi) == (back.exif, back.icc, back.dpi)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_metadata_of_a_tiff_with_offsets_of_64_bits_is_kept(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[0x010F], exif[0x8769], exif[0x8825] = "Maker", {0x9003: "2026:01:02 03:04:05"}, {1: "N"}
+    Image.fromarray(samples(3)).save(tmp_path / "x.tif", exif=exif.tobytes(), big_tiff=True)
+    write_image(tmp_path / f"y.{suffix}", read_image(tmp_path / "x.tif"))
+    with Image.open(tmp_path / f"y.{suffix}") as image:
+        got = image.getexif()
+        assert got[0x010F].rstrip("\0") == "Maker"
+        assert got.get_ifd(0x8769)[0x9003].rstrip("\0") == "2026:01:02 03:04:05"
+        assert got.get_ifd(0x8825)[1].rstrip("\0") == "N"
+
+
 def test_a_tiff_turned_into_other_formats_leaves_its_layout_behind(tmp_path):
     Image.fromarray(samples(3)).save(
         tmp_path / "x.tif", tiffinfo={270: "described", 305: "program"}, dpi=(72, 72)

@@ -15,7 +15,6 @@ import secrets
 import struct
 import threading
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +27,8 @@ import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
-from visionhybrid.data import sixteen
+from visionhybrid.data import metadata, sixteen
+from visionhybrid.data.metadata import DAMAGE, one_line
 
 READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 SUFFIXES = {
@@ -36,26 +36,7 @@ SUFFIXES = {
 }  # fmt: skip
 READ_SUFFIXES = frozenset([*SUFFIXES, ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".jp2", ".avif"])
 _LARGEST = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383, "TIFF": 2**31 - 1}  # pixels a side
-_ORIENTATION, _EXIF_IFD = 0x0112, 0x8769
-# What a TIFF's directory says about its own layout rather than about the picture; never copied into another file.
-_LAYOUT = frozenset(
-    [
-        *range(254, 267),
-        273,
-        *range(277, 285),
-        *range(290, 294),
-        296,
-        *range(317, 326),
-        330,
-        332,
-        *range(338, 348),
-    ]
-)
-_LAYOUT |= frozenset([*range(512, 533), 700, 33723, 34377, 34675])
-_DAMAGE = (
-    OSError, SyntaxError, ValueError, TypeError, EOFError, KeyError, IndexError, OverflowError, AttributeError,
-    AssertionError, struct.error, zlib.error, ZeroDivisionError, NotImplementedError, RuntimeError, Warning,
-)  # fmt: skip
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # what one begins with; + where offsets have 64 bits
 
 
 class ImageError(ValueError):
@@ -126,14 +107,21 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
     except ImageError as error:
         raise ImageError(path, error.reason) from None
     except UnidentifiedImageError:
-        raise ImageError(path, f"not an image in one of the formats {', '.join(READABLE)}") from None
+        raise ImageError(path, _unidentified(path)) from None
     except Image.DecompressionBombError as error:
-        raise ImageError(path, f"too many pixels: {_one_line(error)}") from None
+        raise ImageError(path, f"too many pixels: {one_line(error)}") from None
     except MemoryError:
         raise ImageError(path, "not enough memory to read it") from None
-    except _DAMAGE as error:
+    except DAMAGE as error:
         told = getattr(error, "strerror", None)  # the system's word, if it is the system that failed
-        raise ImageError(path, told or f"truncated or damaged: {_one_line(error)}") from error
+        raise ImageError(path, told or f"truncated or damaged: {one_line(error)}") from error
+
+
+def _unidentified(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        if file.read(4) in _TIFF:
+            return "a TIFF that is damaged, or of a kind that is not read; save it as grey or RGB of 8 or 16 bits"
+    return f"not an image in one of the formats {', '.join(READABLE)}"
 
 
 @contextmanager
@@ -152,10 +140,6 @@ def _open(file: BinaryIO) -> Image.Image:
     return Image.open(file, formats=[name for name in READABLE if name in Image.OPEN])
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _decode(file: BinaryIO) -> Picture:
     image = _open(file)
     notes = []
@@ -163,6 +147,7 @@ def _decode(file: BinaryIO) -> Picture:
         image.seek(0)
         notes.append(f"the first of {frames} frames or pages")
     tags = getattr(image, "tag_v2", {})
+    turned = tags.get(metadata.ORIENTATION, 1)  # of a TIFF, which Pillow itself turns upright as it loads
     if tags.get(284) == 2 and 16 in tags.get(258, ()):
         raise ImageError("", "16-bit TIFF with separate colour planes is not supported; save it interleaved")
     if sixteen.is_sixteen(image):
@@ -179,10 +164,10 @@ def _decode(file: BinaryIO) -> Picture:
         torch.from_numpy(samples).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
     )
     pixels /= peak
-    exif, orientation = _exif(image, notes)
+    exif, orientation = metadata.exif(image, notes)
     pixels = _upright(pixels, orientation)
-    dpi = _dpi(image)
-    if dpi and orientation >= 5:
+    dpi = metadata.resolution(image)
+    if dpi and (orientation >= 5 or turned in range(5, 9)):
         dpi = dpi[1], dpi[0]
     colours = 3 if len(pixels) > 2 else 1
     return Picture(
@@ -210,9 +195,12 @@ def _samples(image: Image.Image, notes: list[str]) -> tuple[np.ndarray, int, byt
     if mode == "CMYK":
         image, icc = _from_cmyk(image, icc), None
         notes.append("CMYK converted to sRGB")
+    elif mode == "LAB":
+        image, icc = image.convert("RGB"), None
+        notes.append("Lab converted to sRGB")
     elif mode in ("1", "L", "LA", "La"):
         image = image.convert("LA" if image.has_transparency_data else "L")
-    else:  # palette, YCbCr, Lab, premultiplied
+    else:  # palette, YCbCr, premultiplied
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     samples = np.array(image)
     return samples.reshape(*samples.shape[:2], -1), 255, icc
@@ -248,31 +236,6 @@ def _upright(x: Tensor, orientation: int) -> Tensor:
         x = x.transpose(1, 2)
     flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation, [])
     return x.flip(flips).contiguous() if flips or orientation >= 5 else x
-
-
-def _exif(image: Image.Image, notes: list[str]) -> tuple[bytes | None, int]:
-    """The EXIF block with its orientation reset, and the orientation that it gave."""
-    try:
-        exif = image.getexif()
-        orientation = exif.get(_ORIENTATION, 1)
-        orientation = orientation if orientation in range(1, 9) else 1
-        if image.format == "TIFF":
-            for tag in _LAYOUT.intersection(exif):
-                del exif[tag]
-        if _ORIENTATION in exif:
-            exif[_ORIENTATION] = 1
-        return (exif.tobytes() if len(exif) else None), orientation
-    except _DAMAGE:
-        notes.append("damaged EXIF data dropped")
-        return None, 1
-
-
-def _dpi(image: Image.Image) -> tuple[float, float] | None:
-    try:
-        x, y = (float(d) for d in image.info.get("dpi") or ())
-    except (TypeError, ValueError, ZeroDivisionError):
-        return None
-    return (x, y) if 0 < x < 1e6 and 0 < y < 1e6 else None
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------
@@ -323,7 +286,7 @@ def encode_image(picture: Picture, *, format: str, quality: int | None = None) -
         raise ValueError(reason)
     if quality is not None and not 1 <= quality <= 100:
         raise ValueError(f"quality goes from 1 to 100, got {quality}")
-    exif = _sized_exif(picture, format)
+    exif = metadata.sized(picture.exif, picture.size, layout=format != "TIFF")
     block = exif.tobytes() if len(exif) else None
     deep = picture.bits == 16 and format in ("PNG", "TIFF")
     samples = _quantised(picture, 65535 if deep else 255)
@@ -355,28 +318,12 @@ def _quantised(picture: Picture, peak: int) -> np.ndarray:
     return out
 
 
-def _sized_exif(picture: Picture, format: str) -> Image.Exif:
-    """The picture's EXIF with the pixel counts that it repeats brought up to date."""
-    exif = Image.Exif()
-    if picture.exif is None:
-        return exif
-    exif.load(picture.exif)
-    if format == "TIFF":
-        for tag in _LAYOUT.intersection(exif):
-            del exif[tag]
-    for directory, tags in ((exif, (256, 257)), (exif.get_ifd(_EXIF_IFD), (40962, 40963))):
-        for tag, length in zip(tags, picture.size, strict=True):
-            if tag in directory:
-                directory[tag] = length
-    return exif
-
-
 def _named(path: Path, call, *args, **options):
     """`call`, its complaint turned into an ImageError that names `path`."""
     try:
         return call(*args, **options)
     except (OSError, ValueError, struct.error) as error:
-        raise ImageError(path, _one_line(error)) from error
+        raise ImageError(path, one_line(error)) from error
 
 
 @contextmanager
@@ -394,6 +341,6 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise ImageError(path, f"cannot be written: {error.strerror or _one_line(error)}") from error
+        raise ImageError(path, f"cannot be written: {error.strerror or one_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)

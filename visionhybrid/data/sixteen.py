@@ -43,16 +43,28 @@ def read_colour(file: BinaryIO) -> tuple[np.ndarray, Image.Image]:
         "B": "L",
         "N": "B" if sys.byteorder == "little" else "L",
     }  # N: the machine's own order
-    tiles = []
-    for tile in low.tile:
-        mode = _raw_mode(tile)
-        args = tile.args if isinstance(tile.args, tuple) else ()
-        name = mode[:-1] + swapped[mode[-1]]
-        tiles.append(tile._replace(args=(name, *args[1:]) if args else name))
-    low.tile = tiles
+    for half, order in ((high, dict.fromkeys("LBN")), (low, swapped)):
+        half.tile = [_with_mode(tile, order) for tile in half.tile]
     samples = np.asarray(high).astype(np.uint16) << 8
     samples |= np.asarray(low)
+    if any(mode.startswith("RGBa") for mode in raw):
+        samples = _divided_by_alpha(samples)
     return samples, high
+
+
+def _with_mode(tile, order):
+    """`tile` to be decoded in another byte order (None: its own), and as it stands: Pillow divides by half an alpha."""
+    mode = _raw_mode(tile).replace("RGBa", "RGBA")
+    name = mode[:-1] + (order[mode[-1]] or mode[-1])
+    return tile._replace(args=(name, *tile.args[1:]) if isinstance(tile.args, tuple) else name)
+
+
+def _divided_by_alpha(samples: np.ndarray) -> np.ndarray:
+    """(H, W, 4) uint16 whose colours were multiplied by alpha -> as if they had not been; black where alpha is 0."""
+    colours, alpha = samples[..., :3].astype(np.uint32), samples[..., 3:].astype(np.uint32)
+    plain = (colours * 65535 + alpha // 2) // np.maximum(alpha, 1)  # 65535^2 + 32767 is below 2^32
+    samples[..., :3] = np.where(alpha > 0, plain.clip(max=65535), 0)
+    return samples
 
 
 def _raw_mode(tile) -> str:
