@@ -13,27 +13,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
-from visionhybrid.data.captions import Captioned, open_captions
-from visionhybrid.data.classification import LabelledImages, Source, open_splits
-from visionhybrid.data.encoded import Encoded, open_encoded
 from visionhybrid.data.errors import CorruptSample
-from visionhybrid.data.latents import Cut, Latents
 from visionhybrid.data.seeds import mix
 from visionhybrid.diffusion.drawing import sheet
 from visionhybrid.train import state
 from visionhybrid.train.config import ConfigError, Generation
 from visionhybrid.train.distill import Inputs
-from visionhybrid.train.encoding import Stores, Texts, encode_captions, encode_images, on_device
-from visionhybrid.train.generators import RELEASED, OfEncoded, OfPipeline, noise_of, open_generator
+from visionhybrid.train.encoding import Texts
+from visionhybrid.train.generators import RELEASED, noise_of, open_generator
 from visionhybrid.train.judge import Judge
+from visionhybrid.train.material import Images
 from visionhybrid.train.noising import Noising, noising, squared_errors
 from visionhybrid.train.sampler import Sample, stack
 from visionhybrid.train.task import Update, share, untold
-
-Images = LabelledImages | Latents | Encoded
 
 
 @dataclass(frozen=True)
@@ -71,19 +65,11 @@ class Generate:
         self.judge = self._judge()
         self.metric = "recognised" if self.judge else "loss"
         self.higher_is_better = self.judge is not None
-        train, held_out = self._sources()
-        flips = (config.flip, 0.0)
-        stores = Stores(config.cache, self.notes)
-        images = [
-            self._images(source, flip, stores) for source, flip in zip((train, held_out), flips, strict=True)
-        ]
-        texts = self._texts(train, held_out, stores)
-        self.prompts = tuple(config.text.prompts or getattr(held_out, "captions", ()))
-        nothing = -1 if texts[0] else config.data.num_classes
-        self.train_set = Noised(images[0], self.noising, config.diffusion.drop_label, nothing, texts[0])
-        self.held_out, self.held_out_texts = images[1], texts[1]
-
-    # -- data --------------------------------------------------------------------------------------------------------
+        found = self.generator.material(self.notes)
+        self.prompts = tuple(config.text.prompts) or found.captions
+        nothing = -1 if found.texts else config.data.num_classes
+        self.train_set = Noised(found.train, self.noising, config.diffusion.drop_label, nothing, found.texts)
+        self.held_out, self.held_out_texts = found.held_out, found.held_out_texts
 
     def _judge(self) -> Judge | None:
         if not self.config.sampling.judge:
@@ -91,76 +77,6 @@ class Generate:
         if not self.config.data.num_classes:
             raise ConfigError("sampling.judge: judges images of classes, there are none (data.num_classes=0)")
         return Judge(self.config.sampling.judge)
-
-    def _sources(self) -> tuple[Source | Encoded, Source | Encoded]:
-        data, text = self.config.data, self.config.text
-        captioned = data.dataset in ("captions", "encoded")
-        if captioned != isinstance(self.generator, OfPipeline):
-            raise ConfigError(
-                "data.dataset: 'captions' or 'encoded' is what model.pipeline is trained on, and nothing else is"
-            )
-        if captioned and data.num_classes:
-            raise ConfigError("data.num_classes: captions are no classes, set it to 0")
-        if isinstance(self.generator, OfEncoded):
-            sources = open_encoded(data.root, data.train, data.held_out, text.hold_out)
-            for source in sources:
-                self.generator.check(source)
-            return sources
-        if data.dataset == "captions":
-            skip = text.missing == "skip"
-            *sources, notes = open_captions(
-                data.root, data.train, data.held_out, column=text.column, skip=skip, hold_out=text.hold_out
-            )
-            self.notes += notes
-            return sources[0], sources[1]
-        train, held_out = open_splits(data.dataset, data.root, data.train, data.held_out, data.class_map)
-        self._check_classes(train)
-        return train, held_out
-
-    def _check_classes(self, train: Source) -> None:
-        """Raises: ConfigError: another number of classes than the config says, or one that nothing shows."""
-        data, names = self.config.data, train.classes
-        empty = _empty(Path(data.root) / data.train, names) if data.root and names else []
-        without = f"no image in {', '.join(empty[:5])}" if empty else ""
-        if names and data.num_classes not in (0, len(names)):
-            raise ConfigError(
-                f"data.num_classes is {data.num_classes}, but there are {len(names)} classes "
-                f"(0: train without them){without and '; ' + without}"
-            )
-        if without:
-            self.notes.append(f"{len(empty)} folders of classes are left out: {without}")
-        labels = train.labels()
-        if labels is not None and (unseen := set(range(data.num_classes)) - set(labels)):
-            first = min(unseen)
-            raise ConfigError(
-                f"data: {len(unseen)} of {data.num_classes} classes have no image to train on, first "
-                f"{names[first] if names else first}"
-            )
-
-    def _images(self, source: Source | Encoded, flip: float, stores: Stores) -> Images:
-        if isinstance(source, Encoded):
-            return source
-        config, size = self.config, self.config.data.image_size
-        images = LabelledImages(source, _transform(size, flip), {1: "L", 3: "RGB"}[config.channels])
-        vae = self.generator.vae
-        if vae is None:
-            return images
-        return encode_images(images, vae, size, stores, flip=flip, draw=config.latent.draw)
-
-    def _texts(
-        self, train: Source | Encoded, held_out: Source | Encoded, stores: Stores
-    ) -> tuple[Texts | None, Texts | None]:
-        if not (isinstance(train, Captioned) and isinstance(held_out, Captioned)):
-            return None, None
-        assert isinstance(self.generator, OfPipeline)  # `_sources`: nothing else has captions
-        family = self.generator.family
-        facts = family.facts()
-        with on_device(*family.text_encoders):
-            first, second = (
-                encode_captions(source.captions, family.encode, family.nothing, stores, facts)
-                for source in (train, held_out)
-            )
-        return first, second
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -363,16 +279,3 @@ class Noised:
         if torch.rand((), generator=generator) < self.drop:
             found["label"] = torch.tensor(self.nothing)
         return found if self.texts is None else {**found, **self.texts[int(found["label"])]}
-
-
-def _transform(size: int, flip: float) -> Any:
-    """Of images trained in pixels."""
-    return transforms.Compose([Cut(size), transforms.RandomHorizontalFlip(flip)])
-
-
-def _empty(folder: Path, known: Sequence[str]) -> list[str]:
-    """Folders of classes in which there is nothing."""
-    if not folder.is_dir():
-        return []
-    unknown = [p for p in folder.iterdir() if p.is_dir() and p.name not in known]
-    return sorted(p.name for p in unknown if not any(file.is_file() for file in p.rglob("*")))

@@ -1,6 +1,7 @@
 """What the task `generation` trains: a new model on classes, or the denoiser of a pipeline on captions.
 
-Both kinds say how a model is made, opened and called, and how pictures are drawn with it; `generate.Generate` does the rest.
+Each kind says what it is trained on, how a model is made, opened and called, and how pictures are drawn with it;
+`generate.Generate` does the rest.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionhybrid.data.encoded import Encoded
 from visionhybrid.diffusion import lora
 from visionhybrid.diffusion.autoencoder import Autoencoder, open_autoencoder
-from visionhybrid.diffusion.denoisers import Family, Inputs, family_of, open_any
+from visionhybrid.diffusion.denoisers import Inputs, family_of, open_any
 from visionhybrid.diffusion.new import MODELS, create, open_model
 from visionhybrid.train.config import ConfigError, Generation, Sampling
+from visionhybrid.train.material import Material, of_captions, of_classes, of_encoded
 
 RELEASED = "pipeline"  # a diffusers folder in the run directory
 
 
-def open_generator(config: Generation) -> NewModel | OfPipeline:
+def open_generator(config: Generation) -> NewModel | OfPipeline | OfEncoded:
     """Raises: ConfigError: the config names no model, or parts that do not fit each other."""
     name, pipeline = config.model.name, config.model.pipeline
     if (name == "pipeline") != bool(pipeline):
@@ -34,9 +35,16 @@ def open_generator(config: Generation) -> NewModel | OfPipeline:
         raise ConfigError(
             f"model.name: a generator is 'pipeline', {', '.join(map(repr, MODELS))}, got {name!r}"
         )
-    if config.data.dataset == "encoded" and pipeline:
-        return OfEncoded(config)
-    return OfPipeline(config) if pipeline else NewModel(config)
+    captioned = {"captions": OfPipeline, "encoded": OfEncoded}.get(config.data.dataset)
+    if bool(captioned) != bool(pipeline):
+        raise ConfigError(
+            "data.dataset: 'captions' or 'encoded' is what model.pipeline is trained on, and nothing else is"
+        )
+    if captioned is None:
+        return NewModel(config)
+    if config.data.num_classes:
+        raise ConfigError("data.num_classes: captions are no classes, set it to 0")
+    return captioned(config)
 
 
 class NewModel:
@@ -48,6 +56,8 @@ class NewModel:
     def __init__(self, config: Generation) -> None:
         if config.model.lora:
             raise ConfigError("model.lora: is for model.pipeline; a new model is trained as a whole")
+        if config.text.prompts:
+            raise ConfigError("text.prompts: are for model.pipeline; a new model draws classes")
         self.config = config
         self.kind, self.pipeline_kind = MODELS[config.model.name]
         self.vae = _checked(config, Autoencoder(_vae(config)), 1) if config.latent.vae else None
@@ -55,6 +65,9 @@ class NewModel:
         self.shape = channels, config.data.image_size // factor, config.data.image_size // factor
         with torch.device("meta"):  # what cannot be made is said before images are encoded for it
             self._create()
+
+    def material(self, notes: list[str]) -> Material:
+        return of_classes(self.config, self.vae, notes)
 
     def build(self) -> nn.Module:
         """A new model, or that at `model.start`."""
@@ -130,24 +143,24 @@ class NewModel:
         return found.images.cpu()
 
 
-class OfPipeline:
-    """The denoiser of a text-to-image pipeline of diffusers."""
+class Denoiser:
+    """The denoiser of a text-to-image or text-to-video pipeline of diffusers: what both kinds of data have in common.
 
-    draws = True
+    Args:
+        components: of the pipeline, instead of its own.
+    """
 
-    def __init__(self, config: Generation) -> None:
+    def __init__(self, config: Generation, **components: Any) -> None:
+        if config.latent.vae or config.model.options:
+            raise ConfigError("latent.vae and model.options: a pipeline brings its own autoencoder and model")
+        if not config.model.start_strict:
+            raise ConfigError("model.start_strict: the denoiser of a pipeline is taken as a whole")
         self.config = config
-        self.pipe, self.family = _opened(config)
-        self.family.guidance = config.text.guidance
-        self.vae = _checked(config, Autoencoder(self.pipe.vae), self.family.unit)
-        channels, side = self.vae.channels, config.data.image_size // self.vae.factor
-        if self.family.channels != channels:
-            raise ConfigError(
-                f"model.pipeline: the denoiser takes {self.family.channels} channels, latents have {channels}; "
-                "pipelines for inpainting, depth or editing cannot be trained here"
-            )
-        self.shape = channels, side, side
-        self.scheduler: Any = self.pipe.scheduler
+        try:
+            self.pipe = open_any(config.model.pipeline, **components)
+            self.family = family_of(self.pipe, config.text.max_length)
+        except ValueError as error:
+            raise ConfigError(f"model.pipeline: {error}") from None
 
     def build(self) -> nn.Module:
         """A copy of the pipeline's denoiser, with the mixers it has, or that at `model.start`."""
@@ -193,6 +206,28 @@ class OfPipeline:
         finally:
             self.pipe.register_modules(**{self.family.denoiser: own})
 
+
+class OfPipeline(Denoiser):
+    """Trained on images and captions, which the pipeline's other parts encode; it draws pictures of prompts."""
+
+    draws = True
+
+    def __init__(self, config: Generation) -> None:
+        super().__init__(config)
+        self.family.guidance = config.text.guidance
+        self.vae = _checked(config, Autoencoder(self.pipe.vae), self.family.unit)
+        channels, side = self.vae.channels, config.data.image_size // self.vae.factor
+        if self.family.channels != channels:
+            raise ConfigError(
+                f"model.pipeline: the denoiser takes {self.family.channels} channels, latents have {channels}; "
+                "pipelines for inpainting, depth or editing cannot be trained here"
+            )
+        self.shape = channels, side, side
+        self.scheduler: Any = self.pipe.scheduler
+
+    def material(self, notes: list[str]) -> Material:
+        return of_captions(self.config, self.vae, self.family, notes)
+
     def draw(
         self,
         model: nn.Module,
@@ -224,40 +259,20 @@ class OfPipeline:
         return found.images.cpu()
 
 
-class OfEncoded(OfPipeline):
-    """The denoiser of a pipeline, by itself. The noise is the config's business, and no pictures are drawn."""
+class OfEncoded(Denoiser):
+    """Trained on what comes encoded. The noise is the config's business, and no pictures are drawn."""
 
-    vae: Any = None
     draws = False
+    scheduler: Any = None
 
     def __init__(self, config: Generation) -> None:
-        self.config = config
         if config.diffusion.drop_label:
             raise ConfigError("diffusion.drop_label: encoded captions cannot be dropped, set it to 0")
         # what is large, and whose work is done
-        self.pipe, self.family = _opened(config, vae=None, text_encoder=None, tokenizer=None)
-        self.scheduler = None
+        super().__init__(config, vae=None, text_encoder=None, tokenizer=None)
 
-    def check(self, data: Encoded) -> None:
-        """Raises: ConfigError: the samples are another model's."""
-        channels = data.shapes["latent"][0]
-        if channels != self.family.channels:
-            raise ConfigError(
-                f"data.root: latents have {channels} channels, the denoiser takes {self.family.channels}"
-            )
-
-
-def _opened(config: Generation, **components: Any) -> tuple[Any, Family]:
-    """The pipeline, with these components instead of its own, and its ways."""
-    if config.latent.vae or config.model.options:
-        raise ConfigError("latent.vae and model.options: a pipeline brings its own autoencoder and model")
-    if not config.model.start_strict:
-        raise ConfigError("model.start_strict: the denoiser of a pipeline is taken as a whole")
-    try:
-        pipe = open_any(config.model.pipeline, **components)
-        return pipe, family_of(pipe, config.text.max_length)
-    except ValueError as error:
-        raise ConfigError(f"model.pipeline: {error}") from None
+    def material(self, notes: list[str]) -> Material:
+        return of_encoded(self.config, self.family.channels)
 
 
 def _vae(config: Generation) -> Any:

@@ -23,7 +23,7 @@ from visionhybrid.train.classify import Classify
 from visionhybrid.train.config import ConfigError
 from visionhybrid.train.distill import Inputs
 from visionhybrid.train.generate import Exercise, Generate
-from visionhybrid.train.generators import OfPipeline
+from visionhybrid.train.generators import Denoiser
 from visionhybrid.train.graft import Grafted, Grafts
 from visionhybrid.train.sampler import Sample
 
@@ -33,7 +33,7 @@ class GraftGenerator(Grafts, Generate):
 
     def open_teacher(self) -> nn.Module:
         path, generator = self.graft.teacher, self.generator
-        if isinstance(generator, OfPipeline):
+        if isinstance(generator, Denoiser):
             return self.open(path) if path else generator.family.model
         if not path:
             raise ConfigError("teacher: name the generator to imitate, as in teacher=runs/hybrid_dit_digits")
