@@ -122,6 +122,10 @@ def test_classify_turns_images_upright_and_agrees_on_all_kinds(nextvit, tmp_path
     assert len(classify(model, torch.rand(2, 3, 32, 32))) == 2
     grey = Image.fromarray(np.full((32, 32), 99, np.uint8))
     assert classify(model, [grey])[0].guesses == classify(model, [grey.convert("RGB")])[0].guesses
+    deep = Image.fromarray(np.full((32, 32), 99 * 257, np.uint16))
+    assert classify(model, [deep])[0].guesses == classify(model, [grey])[0].guesses
+    (refused,) = classify(model, [grey.convert("F")])
+    assert (refused.source, refused.error[:13]) == ("image 0", "float samples")
 
 
 def test_classify_a_grey_model_and_imagenet_names(photos):

@@ -71,6 +71,15 @@ def test_pil_images_of_other_modes():
     colour = restore(Enlarge(), palette)
     assert colour.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(colour), grown(np.asarray(palette.convert("RGB"))))
+    print_colours = palette.convert("RGB").convert("CMYK")
+    print_colours.info["icc_profile"] = b"of the four inks"
+    colour = restore(Enlarge(), print_colours)
+    assert (colour.mode, "icc_profile" in colour.info) == ("RGB", False)
+    premultiplied = palette.convert("LA").convert("La")
+    assert restore(Enlarge(), premultiplied).mode == "LA"
+    for mode in "IF":
+        with pytest.raises(ValueError, match=f"image of mode {mode}: .* have no white point"):
+            restore(Enlarge(), palette.convert("L").convert(mode))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, torch.bfloat16])

@@ -159,7 +159,7 @@ def _decode(file: BinaryIO) -> Picture:
             samples = np.dstack([samples, 65535 * (samples != np.array(key)).any(-1).astype(np.uint16)])
     else:
         image.load()
-        samples, peak, icc = _samples(image, notes)
+        samples, peak, icc = samples_of(image, notes)
     pixels = (
         torch.from_numpy(samples).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
     )
@@ -182,14 +182,17 @@ def _decode(file: BinaryIO) -> Picture:
     )
 
 
-def _samples(image: Image.Image, notes: list[str]) -> tuple[np.ndarray, int, bytes | None]:
-    """Samples (H, W, 1 to 4), their largest value, and the ICC profile that belongs to them."""
+def samples_of(image: Image.Image, notes: list[str]) -> tuple[np.ndarray, int, bytes | None]:
+    """Samples (H, W, 1 to 4) of a PIL image, their largest value, and the ICC profile that belongs to them.
+
+    `notes` is told of conversions. Raises: ImageError: float or 32-bit samples; it names the mode in place of a path.
+    """
     icc, mode = image.info.get("icc_profile"), image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
         return *_grey16(image), icc
     if mode in ("I", "F"):
         raise ImageError(
-            "",
+            f"image of mode {mode}",
             f"{'32-bit integer' if mode == 'I' else 'float'} samples have no white point; save as 8 or 16 bits",
         )
     if mode == "CMYK":

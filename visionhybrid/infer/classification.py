@@ -24,7 +24,7 @@ from timm.data import (
 )
 from torch import Tensor, nn
 
-from visionhybrid.data.images import READ_SUFFIXES, ImageError, read_image
+from visionhybrid.data.images import READ_SUFFIXES, ImageError, read_image, samples_of
 from visionhybrid.infer.progress import bar
 
 AnyImage = str | Path | Image.Image | Tensor
@@ -148,12 +148,12 @@ def _batch(
 ) -> list[Prediction]:
     found: list[Prediction | None] = []
     pixels: list[Tensor] = []
-    for item in items:
+    for number, item in enumerate(items, start):
         try:
             pixels.append(transform(pil_image(item).convert(mode)))
             found.append(None)
         except ImageError as error:
-            found.append(Prediction(str(error.path), error=error.reason))
+            found.append(Prediction(_name(item, number), error=error.reason))
     rows: list[Tensor] = []
     if pixels:
         first = next(model.parameters())
@@ -181,7 +181,9 @@ def _name(item: AnyImage, number: int) -> str:
 def pil_image(item: AnyImage) -> Image.Image:
     """An upright 8-bit PIL image of any of the kinds `classify` takes."""
     if isinstance(item, Image.Image):
-        return ImageOps.exif_transpose(item)
+        samples, peak, _ = samples_of(ImageOps.exif_transpose(item), [])
+        colours = samples[..., : 3 if samples.shape[2] > 2 else 1]
+        return _from_tensor(torch.from_numpy(colours if peak == 255 else colours / peak).permute(2, 0, 1))
     if isinstance(item, (str, Path)):
         return _from_tensor(read_image(item).pixels)
     if isinstance(item, Tensor) and item.ndim == 3:

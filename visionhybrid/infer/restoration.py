@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from visionhybrid.data.images import Picture, read_image
+from visionhybrid.data.images import Picture, read_image, samples_of
 from visionhybrid.infer.engine import Engine
 from visionhybrid.infer.folders import Done, Report, restore_path
 from visionhybrid.infer.progress import bar
@@ -81,13 +81,14 @@ def restore(
 
 def _pil(engine: Engine, image: Image.Image, advance) -> Image.Image:
     image = ImageOps.exif_transpose(image)
-    kept = {key: image.info[key] for key in ("icc_profile", "dpi") if key in image.info}
-    if image.mode not in ("L", "LA", "RGB", "RGBA") and not image.mode.startswith("I;16"):
-        grey = image.mode == "1"
-        alpha = "A" if image.has_transparency_data else ""
-        image = image.convert(("L" if grey else "RGB") + alpha)
-    result = Image.fromarray(_array(engine, np.asarray(image), advance))
-    result.info.update(kept)  # which Pillow writes when the result is saved
+    if image.mode.startswith("I;16"):
+        samples, icc = np.asarray(image), image.info.get("icc_profile")
+    else:
+        samples, _, icc = samples_of(image, [])
+        samples = samples[..., 0] if samples.shape[2] == 1 else samples
+    result = Image.fromarray(_array(engine, samples, advance))
+    kept = {"icc_profile": icc, "dpi": image.info.get("dpi")}
+    result.info.update({key: value for key, value in kept.items() if value})  # Pillow saves these
     return result
 
 
