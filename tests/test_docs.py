@@ -40,6 +40,18 @@ def test_the_api_page_names_what_there_is():
         assert thing.__doc__, f"{name} has no docstring"
 
 
+def test_reference_code_is_listed_with_its_licence():
+    from visionhybrid.mixers.registry import MIXERS
+    from visionhybrid.models.registry import SYSTEMS
+
+    page = (ROOT / "docs/licences.md").read_text(encoding="utf-8")
+    for known in (*SYSTEMS.values(), *MIXERS.values()):
+        rows = [row for row in page.splitlines() if known.source and known.source in row]
+        licence = "none found" if known.license == "none stated" else known.license
+        assert all(licence in row for row in rows), f"{known.name}: {licence}"
+        assert rows or not known.source, f"{known.name}: {known.source}"
+
+
 def test_every_page_is_in_the_navigation():
     shown = re.findall(
         r"^  - [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE
