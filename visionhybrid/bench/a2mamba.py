@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from visionhybrid.bench import report
-from visionhybrid.bench.harness import Case, Runner, Series, Target, peer
+from visionhybrid.bench.harness import Case, Runner, Series, Target
 from visionhybrid.kernels.neighborhood_attention import plain
 from visionhybrid.models.a2mamba import mixer
 
@@ -189,12 +189,7 @@ def by_stage_table(found: Mapping[int, Sequence[float]]) -> dict[str, Any]:
 
 def plot(found: Mapping[int, Sequence[float]], path: Path) -> None:
     """Time of each stage against the number of pixels, both logarithmic, beside a line of proportional growth for each."""
-    peer("matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = report.canvas(6, 4.5)
     axes = figure.subplots()
     pixels = [side**2 for side in found]
     for i, power in enumerate(exponents(found)):

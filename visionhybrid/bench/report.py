@@ -181,14 +181,9 @@ def mebibytes(value: float) -> str:
 
 def plot(data: Record, path: Path) -> Path:
     """Bars of time and memory against the peer, targets as ticks, as a picture at `path` (written aside, then renamed)."""
-    peer("matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     cases = data["cases"]
     rows = sum(len(case["runners"]) for case in cases)
-    figure = Figure(figsize=(11, 1.2 + 0.42 * (rows + 1.6 * len(cases))), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(11, 1.2 + 0.42 * (rows + 1.6 * len(cases)))
     for axis, what, key, show in zip(
         figure.subplots(1, 2, sharey=True),
         ("time", "memory"),
@@ -199,9 +194,8 @@ def plot(data: Record, path: Path) -> Path:
         ticks, labels, y = [], [], 0.0
         for case in cases:
             limits = {v["runner"]: v for v in case["verdicts"] if v["what"] == what}
-            axis.text(
-                0, y, case["title"], fontsize=9, fontweight="bold", va="center"
-            ) if what == "time" else None
+            if what == "time":  # the title stands once, over the left half
+                axis.text(0, y, case["title"], fontsize=9, fontweight="bold", va="center")
             for i, row in enumerate(case["runners"]):
                 y += 1
                 mine = row["name"].startswith("visionhybrid")
@@ -239,12 +233,7 @@ def plot_lengths(data: Record, path: Path) -> Path | None:
     groups = families(data)
     if not groups:
         return None
-    peer("matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.4 * len(groups)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(10, 3.4 * len(groups))
     axes = figure.subplots(len(groups), 2, squeeze=False)
     for (family, cases), pair in zip(groups.items(), axes, strict=True):
         names = lengths(cases)[0][1:]
@@ -265,6 +254,17 @@ def plot_lengths(data: Record, path: Path) -> Path | None:
             axis.grid(alpha=0.3)
         pair[0].legend(fontsize=8)
     return save(figure, path)
+
+
+def canvas(width: float, height: float) -> Any:
+    """An empty matplotlib figure of so many inches, to be drawn into a file."""
+    peer("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def save(figure: Any, path: Path) -> Path:

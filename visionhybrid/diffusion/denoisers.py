@@ -126,6 +126,8 @@ class StableDiffusion(Family):
 
 
 class StableDiffusionXL(StableDiffusion):
+    """SDXL: two text encoders, a pooled text, and the size and the cut of each image."""
+
     encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
 
@@ -149,6 +151,8 @@ class StableDiffusionXL(StableDiffusion):
 
 
 class PixArt(Family):
+    """PixArt-alpha and -sigma: T5's text with its mask."""
+
     least = 8
     call: ClassVar[dict[str, Any]] = {"use_resolution_binning": False, "clean_caption": False}
 
@@ -174,6 +178,8 @@ class PixArt(Family):
 
 
 class Sana(Family):
+    """SANA: captions go to its language model after an instruction; the empty one does not."""
+
     patch, least = 1, 32
     call: ClassVar[dict[str, Any]] = {"use_resolution_binning": False, "clean_caption": False}
 
@@ -207,6 +213,8 @@ class Sana(Family):
 
 
 class StableDiffusion3(Family):
+    """SD 3 and 3.5: three text encoders, a pooled text."""
+
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
@@ -226,6 +234,8 @@ class StableDiffusion3(Family):
 
 
 class Flux(Family):
+    """Flux.1: latents packed two by two, positions as arguments, a distilled guidance."""
+
     encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
 
@@ -257,7 +267,7 @@ class Flux(Family):
 
 
 class Wan(Family):
-    """A video, (B, C, T, h, w)."""
+    """Wan 2.1 and 2.2: `x` is a video, (B, C, T, h, w)."""
 
     def encode(self, captions: list[str]) -> Row:
         # as long as the pipeline's own call makes them

@@ -1,4 +1,7 @@
-"""Feed-forward networks of a diffusion transformer's blocks: (B, N, C) on a grid, or a rank's tokens of it, -> the same. `FEED_FORWARD` has them by name."""
+"""Feed-forward networks of a diffusion transformer's blocks, by name in `FEED_FORWARD`.
+
+Each takes (B, N, C) on a grid, or a rank's tokens of it, and gives the same shape.
+"""
 
 from __future__ import annotations
 

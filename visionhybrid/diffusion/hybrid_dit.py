@@ -213,7 +213,8 @@ class HybridDiT(OnCPU, ModelMixin, ConfigMixin, PeftAdapterMixin):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """
+        """What the model predicts of noised images.
+
         Args:
             hidden_states: (B, in_channels, H, W), H and W multiples of the patch.
             timestep: (B,) or one for all, from 0 (clean) to 1000 (noise), whole or not.

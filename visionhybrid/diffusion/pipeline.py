@@ -1,7 +1,9 @@
 """Pictures of classes from a trained `HybridDiT`, DiT or UNet: diffusers pipelines with diffusers' schedulers.
 
-pipe = HybridDiTPipeline.from_pretrained("runs/digits/pipeline")
-images = pipe(["seven", "two"], guidance_scale=2.0).images
+    pipe = HybridDiTPipeline.from_pretrained("runs/digits/pipeline")
+    images = pipe(["seven", "two"], guidance_scale=2.0).images
+
+Classes go by name or by number.
 """
 
 from __future__ import annotations
@@ -140,7 +142,8 @@ class ClassPipeline(DiffusionPipeline):
 
 
 class HybridDiTPipeline(ClassPipeline):
-    """
+    """Images of classes from a transformer.
+
     Args:
         transformer: the model, ours or diffusers' DiT. scheduler: one of diffusers that agrees with what the model predicts.
         vae: decodes latents; None for a model of pixels in [-1, 1].

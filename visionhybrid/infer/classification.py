@@ -1,7 +1,9 @@
 """Classes of image files.
 
-for p in visionhybrid.classify(model, ["cat.jpg", "dog.png"]):
-    print(p.source, p.error or p.guesses[0])
+    for p in visionhybrid.classify(model, ["cat.jpg", "dog.png"]):
+        print(p.source, p.error or p.guesses[0])
+
+Images may be paths, PIL images or tensors.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ class Local(Mixer):
     def image(
         self, q: Tensor, k: Tensor, v: Tensor, text: tuple[Tensor, Tensor], *, scale: float | None
     ) -> Tensor:
-        """
+        """What image tokens get of the image around them and of the text.
+
         Args:
             q, k, v: (B, heads, *grid, D). text: keys and values that every token sees too, (B, heads, M, D), M may be 0.
         Returns: (B, heads, prod(grid), D).

@@ -1,12 +1,14 @@
 """Coarse to fine generation as a pipeline: Stable Diffusion 1.5, 2.1 or XL read as one that takes large sizes.
 
-from diffusers import DiffusionPipeline
-from visionhybrid.diffusion import highres
+    from diffusers import DiffusionPipeline
+    from visionhybrid.diffusion import highres
 
-pipe = DiffusionPipeline.from_pretrained(
-    "stabilityai/stable-diffusion-xl-base-1.0", custom_pipeline=highres.__path__[0], trust_remote_code=True
-)
-image = pipe("a lighthouse at dusk", height=4096, width=4096).images[0]
+    pipe = DiffusionPipeline.from_pretrained(
+        "stabilityai/stable-diffusion-xl-base-1.0", custom_pipeline=highres.__path__[0], trust_remote_code=True
+    )
+    image = pipe("a lighthouse at dusk", height=4096, width=4096).images[0]
+
+`height` and `width` have to be given.
 """
 
 from __future__ import annotations
