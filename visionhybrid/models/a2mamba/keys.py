@@ -96,8 +96,8 @@ def options(
 ) -> dict[str, Any]:
     """Keywords of `A2Mamba`, read from keys and shapes; `given` adds what shows in none, under our names or the authors'.
 
-    Not to be seen is which of branch and skip the residual scales multiply: the published models of these widths and depths
-    decide, others need `residual`. `scale_init` matters to nobody but `init_weights`.
+    No shape shows whether the residual scales multiply the branch or the skip: for the widths and depths of a published model it is
+    as in that model, others need `residual`. `scale_init` only matters to `init_weights`.
 
     Raises:
         ValueError: `given` contradicts a shape, or `residual` must be given and is not.

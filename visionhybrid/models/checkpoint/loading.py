@@ -109,8 +109,8 @@ def _claimed(system: System, state: Mapping[str, Tensor]) -> System:
     if system.recognise(state):
         return system
     others = [other.name for other in registry.SYSTEMS.values() if other.recognise(state)]
-    told = f"weights of {' or '.join(others)}, not" if others else "no weights"
-    raise ValueError(f"these are {told} of {system.name}; keys: {_some(state)}")
+    what = f"weights of {' or '.join(others)}, not" if others else "no weights"
+    raise ValueError(f"these are {what} of {system.name}; keys: {_some(state)}")
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -352,9 +352,9 @@ def fit(found: Found, model: nn.Module) -> dict[str, Tensor]:
         if name in target and tuple(value.shape) != target[name]
     ]
     sides = (("missing", missing), ("unexpected", unexpected), ("of another shape", differing))
-    told = [f"{len(names)} {side}: {_some(names)}" for side, names in sides if names]
-    if told:
-        raise ValueError(f"{found.where}: does not fit {found.system.name}; {'; '.join(told)}")
+    wrong = [f"{len(names)} {side}: {_some(names)}" for side, names in sides if names]
+    if wrong:
+        raise ValueError(f"{found.where}: does not fit {found.system.name}; {'; '.join(wrong)}")
     return dict(state)
 
 

@@ -137,7 +137,7 @@ class NCB(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def reparameterize(self) -> None:
-        self.norm = _absorb_before([self.mlp.fc1], self.norm)
+        self.norm = _absorb_before(self.mlp.fc1, self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
@@ -268,7 +268,7 @@ class NTB(nn.Module):
         attn.k.bias = None
         set_bias(attn.proj, attn.proj.bias.double() + attn.proj.weight.double() @ attn.v.bias.double())
         attn.v.bias = None
-        self.norm2 = _absorb_before([self.mlp.fc1], self.norm2)
+        self.norm2 = _absorb_before(self.mlp.fc1, self.norm2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
@@ -281,11 +281,10 @@ class NTB(nn.Module):
         return x + self.mlp_drop_path(self.mlp(self.norm2(x)))
 
 
-def _absorb_before(layers: Sequence[nn.Module], norm: nn.Module) -> nn.Module:
-    """Fold `norm`, which stands before each of `layers`, into them; returns what takes the norm's place."""
+def _absorb_before(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    """Fold `norm`, which stands before `layer`, into it; returns what takes the norm's place."""
     if isinstance(norm, _BatchNorm):
-        for layer in layers:
-            fold_before(layer, *scale_shift(norm))
+        fold_before(layer, *scale_shift(norm))
         return nn.Identity()
     return norm
 

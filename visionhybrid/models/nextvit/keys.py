@@ -91,8 +91,8 @@ def recognise(state: Mapping[str, Tensor]) -> bool:
 def options(state: Mapping[str, Tensor], **given: Any) -> dict[str, Any]:
     """Keywords of `NextViT`, read from keys and shapes; `given` adds what shows in none, under our names or the authors'.
 
-    Not to be seen are `strides` (the default is right for every published model) and, of other than the published depths,
-    `sr_ratios`; whoever gives `depths`, as to the constructor, gets the constructor's default of both.
+    No shape shows `strides` (the default is right for every published model), nor how many tokens are pooled (`sr_ratios`), which
+    the published depths decide. If `depths` is given, both have the constructor's defaults.
 
     Raises:
         ValueError: `given` contradicts a shape, or the sr ratios must be given and are not.
