@@ -278,6 +278,8 @@ def test_other_archives_are_told_apart(tmp_path):
 def test_no_such_file_and_wrong_types(tmp_path):
     with pytest.raises(ValueError, match=r"none\.pth: no such file"):
         visionhybrid.load(tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="the path is empty"):
+        visionhybrid.load("")
     with pytest.raises(ValueError, match="a path or a state dict is needed, got int"):
         visionhybrid.load(3)
     with pytest.raises(ValueError, match="holds a list where weights are expected"):

@@ -148,6 +148,8 @@ def test_classify_reports_outputs_that_are_not_finite(nextvit, photos):
 
 def test_images_and_labels_files(photos, tmp_path):
     assert [path.name for path in find_images([photos, "x.png"])] == ["0.png", "1.png", "broken.png", "x.png"]
+    with pytest.raises(ValueError, match="an empty path"):
+        find_images([photos, ""])
     (tmp_path / "names.json").write_text('["a b", "c"]')
     assert read_labels(tmp_path / "names.json") == ["a b", "c"]
     for text in ("", "[1, "):

@@ -30,9 +30,7 @@ from visionhybrid.cli.app import (
     "  visionhybrid classify scans/ --model runs/mine --labels names.txt --json > answers.json"
 )
 def classify(
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or folders of them.")
-    ],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, or folders of them.")],
     model: Model,
     weights: Weights = "",
     topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="Classes shown for each image.")] = 5,
@@ -75,7 +73,7 @@ def classify(
     "  visionhybrid restore photos/ restored/ --model vh_hat_small_x2 --weights HAT-S_SRx2.pth --recursive"
 )
 def restore(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="An image file, or a folder of them.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="An image file, or a folder of them.")],
     target: Annotated[
         str, typer.Argument(metavar="OUT", help="A file; a folder (ends in / if new) for several.")
     ],

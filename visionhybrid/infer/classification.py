@@ -207,9 +207,12 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     """The image files among `paths`; of a folder those directly in it, in the order of names, hidden ones left out.
 
     Raises:
-        ValueError: a folder without images. (A file that does not exist is left to `classify` to report.)
+        ValueError: a folder without images, an empty path. (A file that does not exist is left to `classify` to report.)
     """
     found: list[Path] = []
+    paths = list(paths)
+    if not all(map(str, paths)):
+        raise ValueError("an image is named by an empty path")
     for path in map(Path, paths):
         if not path.is_dir():
             found.append(path)

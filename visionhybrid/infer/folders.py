@@ -93,7 +93,7 @@ def restore_path(
             A full or read-only disk ends the run: what was not reached is then in `skipped`.
     Returns: the Report. `report.ok` is False if a file failed: a command should then exit with a non-zero status.
     Raises: ValueError, before anything is computed: no such source, no image in it, source and target are the same, two
-        sources with one target, unknown format, a single target that exists, or not a restorer. KeyboardInterrupt is
+        sources with one target, an empty name, unknown format, a single target that exists, or not a restorer. KeyboardInterrupt is
         passed on, no half file left.
     """
     if on_error not in ("skip", "raise"):
@@ -102,6 +102,10 @@ def restore_path(
         raise ValueError(f"no format {format!r} to write; have png, jpeg, webp, tiff")
     if quality is not None and not 1 <= quality <= 100:
         raise ValueError(f"quality goes from 1 to 100, got {quality}")
+    if any(separator in suffix for separator in "/\\"):
+        raise ValueError(f"suffix is put after a name and names no folder, got {suffix!r}")
+    if not (str(source) and str(target)):
+        raise ValueError("source and target are paths, one of them is empty")
     extension = None if format is None else _EXTENSIONS[format.lower().lstrip(".")]
     engine = Engine(
         model, tile=tile, overlap=overlap, device=device, dtype=dtype, self_ensemble=self_ensemble
@@ -143,6 +147,8 @@ def _plan(
         return [(source, target)]
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target}: is a file; a folder is restored into a folder")
+    if target.suffix.lower() in SUFFIXES and not target.exists() and not given.endswith(("/", os.sep)):
+        raise ValueError(f"{target}: named like a file; end it in a slash if the folder shall be called so")
     if source.resolve() == target.resolve():
         raise ValueError(f"{target}: source and target are the same folder")
     inside = target.resolve()

@@ -45,6 +45,8 @@ def find(
     if isinstance(source, Mapping):
         where, opened = "state dict", files.Opened(Path(), "memory", source)
     elif isinstance(source, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance], callers err
+        if not os.fspath(source):
+            raise ValueError("load: the path is empty")
         where, opened = os.fspath(source), files.read(Path(source), key=key)
         if Path(source).expanduser().is_dir() and key in ("ema", "model"):
             key = None  # it named the file
