@@ -11,17 +11,16 @@ from torch import Tensor, nn
 
 from visionhybrid.kernels.product import HAS_ONEDNN
 from visionhybrid.kernels.window_attention.bands import suits
+from visionhybrid.models.layers import pointwise
 from visionhybrid.models.restorer import working_dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer on (B, H, W, C). On CPU it runs as a 1x1 convolution: oneDNN's is 2 x MKL's product on AMD CPUs."""
+    """A linear layer on (B, H, W, C), by `pointwise` on a CPU."""
     if x.device.type != "cpu" or torch.compiler.is_exporting():
         return F.linear(x, weight, bias)
     # Rows become the batch: of a batch of one, PyTorch runs a 1x1 convolution elsewhere if it has a single thread.
-    rows = x.flatten(0, 1)[:, None].permute(0, 3, 1, 2)  # (B * H, C, 1, W)
-    y = F.conv2d(rows, weight[:, :, None, None], bias)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:3], -1)
+    return pointwise(x.flatten(0, 1), weight, bias).unflatten(0, x.shape[:2])
 
 
 def gelu_of_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
