@@ -2,8 +2,8 @@
 
     teacher = read_dit("DiT-XL-2-256x256.pt")
 
-Layouts of facebookresearch/DiT@ed81ce2 `models.py` and keshik6/grafting@6ace8b5 `src/graft.py`, where `attn` or `mlp` of some blocks
-is another operator; grafted checkpoints hold the averaged weights under "ema".
+Layouts of facebookresearch/DiT@ed81ce2 `models.py` and keshik6/grafting@6ace8b5 `src/graft.py`, where `attn` or `mlp` of some
+blocks is another operator; grafted checkpoints hold the averaged weights under "ema".
 SiT has the same layout, but counts times from noise to image, in [0, 1], so its weights mean something else here.
 """
 

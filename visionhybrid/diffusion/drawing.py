@@ -50,7 +50,9 @@ def draw_files(
     size: int | None = None,
     batch_size: int = 32,
 ) -> Iterator[list[Path]]:
-    """Write OUT/CLASS/NUMBER.png or OUT/PROMPT/NUMBER.png; files that exist stay as they are. Yields the paths of each batch, old ones first.
+    """Write OUT/CLASS/NUMBER.png or OUT/PROMPT/NUMBER.png; files that exist stay as they are.
+
+    Yields the paths of each batch, those of files that were there first.
 
     Args:
         wanted: classes by name or number (None: all; an unconditional model has one folder, "all"), or prompts.
@@ -139,7 +141,10 @@ def draw_grid(paths: Sequence[Path], columns: int, out: str | Path) -> None:
 def sheet(
     tiles: Sequence[Image.Image], columns: int, names: Sequence[str] = (), *, side: int = 64
 ) -> Image.Image:
-    """RGB images in rows of so many columns, each `side` pixels or the largest's size if that is more; `names` go before the rows."""
+    """RGB images in rows of so many columns; `names` go before the rows.
+
+    Each is as large as the largest of them, at least `side` pixels.
+    """
     margin = 64 if names else 0
     side = max([side, *(max(tile.size) for tile in tiles)])
     rows = -(-len(tiles) // columns)

@@ -1,4 +1,4 @@
-"""Operators that stand on their own. Each folder: `reference.py` is the definition, `eager.py` the CPU path, `triton.py` the GPU path.
+"""Operators that stand on their own, a folder each: `reference.py` is the definition, `eager.py` the CPU path, `triton.py` the GPU's.
 
 `why("linear_attention", q, k, v)` says which backend would run a call here, and why another would not.
 """

@@ -53,7 +53,7 @@ def pick(op: str, backends: Mapping[str, ModuleType], backend: str, args: tuple[
 
 
 def _automatic(name: str, args: tuple[Any, ...]) -> bool:
-    """Whether "auto" may take this backend: never the reference, never Triton's interpreter (Triton on CPU tensors), C++ if asked."""
+    """Whether "auto" may take this backend: never the reference, nor Triton on CPU tensors (its interpreter); C++ only if asked."""
     if name == "native":
         return NATIVE
     if name == "triton":

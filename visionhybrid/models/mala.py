@@ -4,7 +4,7 @@ Official code: qhfan/MALA@7114e63, classfication_release/model.py (no licence fi
 numbers (`mala_*` golden cases). All but the mixer is shared with RAVLT, see gated/.
 
 Ordinary linear attention is blind to the length of a query. With q, k after elu + 1, z_i = q_i . mean_j k_j / sqrt(d), the rotary
-embedding R and L_i = ordinary linear attention of the rotated features, sum_j (R_i q_i . R_j k_j) v_j / (N sqrt(d) (z_i + 1e-6)), it is
+embedding R, and L_i ordinary linear attention of the rotated features, sum_j (R_i q_i . R_j k_j) v_j / (N sqrt(d) (z_i + 1e-6)),
 
     out_i = (1 + z_i + 1e-6) L_i - z_i mean_j v_j
 

@@ -23,7 +23,7 @@ SHORTEST = 1024
 
 
 def in_pieces(run: Callable[[Tensor], Tensor], x: Tensor, count: int) -> Tensor:
-    """`run(x)` of (B, N, C), `count` runs of the tokens one after another; `run` must take each token by itself, N be at least count.
+    """`run(x)` of (B, N, C), in `count` runs of tokens; `run` must take each token by itself, and N be at least `count`.
 
     The number of pieces does not depend on N, so that a compiled model may leave N open.
     """

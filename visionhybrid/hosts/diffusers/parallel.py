@@ -38,7 +38,10 @@ def rotary(split_output: bool = False) -> ContextParallelInput:
 
 
 def group_of(holder: Any) -> ProcessGroup | None:
-    """The ranks that share the sequence, by the `_parallel_config` that diffusers left on a processor or model; None: one has all."""
+    """The ranks that share the sequence, by the `_parallel_config` that diffusers left on a processor or model.
+
+    None: one rank has all of it.
+    """
     config = holder._parallel_config
     context = None if config is None else config.context_parallel_config
     return None if context is None else context._flattened_mesh.get_group()

@@ -60,8 +60,9 @@ def _places(axes: tuple[Axis, ...]) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _patterns(axes: tuple[Axis, ...]) -> tuple[Tensor, Tensor]:
-    """What tiles see, each kind once, since most are alike: (kinds, T, R) entries of the flattened relative position table, one past
-    its end where a key is not seen; and (tiles,) the kind of each tile.
+    """What tiles see, each kind once, since most are alike, and the kind of each tile.
+
+    Returns: (kinds, T, R) entries of the flattened relative position table, one past its end where a key is not seen; (tiles,) kinds.
     """
     found = []
     for t in _tiles(axes):
@@ -77,7 +78,7 @@ def _patterns(axes: tuple[Axis, ...]) -> tuple[Tensor, Tensor]:
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """(B, heads, H, W, D) -> (B * heads * H * W, D). Rows of one matrix are picked five times as fast as slices along inner axes."""
+    """(B, heads, H, W, D) -> (B * heads * H * W, D): rows of a matrix are picked five times as fast as slices along inner axes."""
     return wide(x).reshape(-1, x.shape[-1])
 
 

@@ -1,7 +1,7 @@
 """The arithmetic of the sparse branch on CPU: each query block gathers its critical key blocks and attends densely.
 
-Heads and query blocks go in chunks of at most `BUDGET` numbers, so temporaries do not grow with the length. The backward recomputes the
-probabilities from the log-sum-exp and adds key-block gradients back through the lookup table.
+Heads and query blocks go in chunks of at most `BUDGET` numbers, so temporaries do not grow with the length. The backward pass
+computes the probabilities again from the log-sum-exp and adds gradients of key blocks back through the lookup table.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ class A2SSM(nn.Module):
 
 
 class Mixer(nn.Module):
-    """MASS: gated two-branch neighbourhood attention, its result spread over the map by a subclass: (B, dim, H, W), the shape stays.
+    """MASS: gated neighbourhood attention in two branches, spread over the map by a subclass: (B, dim, H, W), the shape stays.
 
     Half of the heads attend to the K x K pixels around, the other half to K x K pixels that span the map; these see the
     others' result added to their values. Both have one table of relative positions.

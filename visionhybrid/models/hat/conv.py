@@ -63,8 +63,8 @@ class ChannelAttentionConv(nn.Module):
         C, H, W = x.shape[1:]
         if x.dtype != torch.bfloat16 or 9 * len(weight) > C:
             return wide(F.conv2d(x, weight, bias.to(x.dtype), padding=1))
-        # Few channels leave a convolution's lanes idle; one product with all nine taps does not (in bfloat16 it takes 0.45 of the time
-        # for 144 -> 6). Then its shifted planes are added.
+        # Few channels leave a convolution's lanes idle; one product with all nine taps does not (in bfloat16 it takes 0.45 of the
+        # time for 144 -> 6). Then its shifted planes are added.
         planes = torch.mm(weight.permute(2, 3, 0, 1).reshape(-1, C), x[0].flatten(1)).view(3, 3, -1, H, W)
         out = bias[:, None, None].expand(-1, H + 2, W + 2).contiguous()
         for row, column in product(range(3), range(3)):
