@@ -142,6 +142,18 @@ def test_killed_while_an_old_checkpoint_is_removed(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000002"]
 
 
+def test_killed_before_an_old_checkpoint_is_removed(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "prune", lambda *args: None)
+        run(toy(loop_steps=6), tmp_path, progress=False)
+    run(toy(loop_steps=6), tmp_path, progress=False)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir())[-2:] == [
+        "step_00000005",
+        "step_00000006",
+    ]
+    assert len(list((tmp_path / "checkpoints").iterdir())) <= 3  # the newest two, and the best
+
+
 def test_killed_between_the_files_that_say_what_a_run_is(tmp_path):
     run(toy(), tmp_path, progress=False)
     (tmp_path / "environment.json").unlink()

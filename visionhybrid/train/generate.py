@@ -130,17 +130,22 @@ class Generate:
         chosen = share(len(self.held_out), accelerator)[: limit * batch if limit else None]
         # neighbours, often of one class, get times far apart
         times = self.noising.spread(97)[torch.arange(len(self.held_out)) * 31 % 97]
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums, unreadable = torch.zeros(2, dtype=torch.float64), 0
         for first in range(0, len(chosen), batch):
             update(first / len(chosen))
             part = chosen[first : first + batch]
             rows = [self._held_out_sample(index, times[index]) for index, _ in part]
+            unreadable += rows.count(None)
             readable = torch.tensor(
                 [weight * (row is not None) for row, (_, weight) in zip(rows, part, strict=True)]
             )
             asked = self.exercise(self._together(rows, device))
             each = asked.errors(model(*asked.args, **asked.kwargs)[0]).cpu()
             sums += torch.stack([(each * readable).sum(), readable.sum()]).double()
+        if unreadable:
+            self.notes.append(
+                f"held-out images left out, as they cannot be read: {unreadable} of {len(chosen)}"
+            )
         sums = accelerator.reduce(sums.float().to(device), "sum").cpu()
         return float(sums[0] / sums[1])
 

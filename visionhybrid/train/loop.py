@@ -47,9 +47,8 @@ class Trainer:
         stream = self._stream(Position())
         self.steps_per_epoch = stream.batches_per_epoch
         self.total = loop.steps or max(1, round((loop.epochs or 0) * self.steps_per_epoch))
-        self.micro = min(
-            loop.micro_batch or loop.batch_size, loop.batch_size // self.accelerator.num_processes
-        )
+        share = loop.batch_size // self.accelerator.num_processes
+        self.micro = min(loop.micro_batch or share, share)
         seed_all(mix(loop.seed, "init"))
         self.parts = build(config, self.task.parts(), self.accelerator, self.total, self.steps_per_epoch)
         self.main = self.parts[0]
@@ -329,9 +328,12 @@ class Trainer:
             tensors["ema"] = state.whole(self.ema.average)
         if self.accelerator.is_main_process:
             state.write(self.checkpoints, self.step, tensors, {**self._facts(), "optimizers": trees})
-            best = self.best["step"] if self.best else None
-            state.prune(self.checkpoints, self.config.loop.keep, best)
+            self.prune()
         self.accelerator.wait_for_everyone()
+
+    def prune(self) -> None:
+        """Remove checkpoints that are neither among the newest nor the best."""
+        state.prune(self.checkpoints, self.config.loop.keep, self.best["step"] if self.best else None)
 
     def _facts(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler

@@ -73,6 +73,8 @@ def _begin(trainer: Trainer) -> None:
         )
     if path is not None:
         trainer.load(path)
+        if trainer.accelerator.is_main_process:
+            trainer.prune()
     trainer.log.open(trainer.step)
     trainer.tell()
     for text in skipped:
