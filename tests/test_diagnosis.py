@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 import visionhybrid
 from visionhybrid.cli import app
-from visionhybrid.infer.profiling import KINDS, kind_of, profile
+from visionhybrid.infer.profiling import profile
 from visionhybrid.infer.receptive_field import centre_gradient, receptive_field, square
+from visionhybrid.infer.watching import KINDS, kind_of
 from visionhybrid.models import facts, registry
 
 CLASSIFIERS = [

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visionhybrid.data.images import atomic
-from visionhybrid.infer.profiling import KINDS, Profile
+from visionhybrid.infer.profiling import Profile
 from visionhybrid.infer.receptive_field import ReceptiveField
+from visionhybrid.infer.watching import KINDS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

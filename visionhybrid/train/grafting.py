@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 import visionhybrid
-from visionhybrid.infer.profiling import wait
+from visionhybrid.infer.watching import wait
 from visionhybrid.train import recipes, state, task
 from visionhybrid.train.config import Config, ConfigError, Grafting, check
 from visionhybrid.train.distill import Inputs, distance, output, regress, substituted

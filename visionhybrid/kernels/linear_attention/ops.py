@@ -95,24 +95,28 @@ def define(
     apply_op.register_autograd(apply_gradient, setup_context=save_apply)
     for op in (state_backward_op, apply_backward_op):
         end_of_derivatives(op, "linear_attention")
+    _count(prefix)
+    return Operators(state_op, apply_op, state_backward_op, apply_backward_op)
 
-    @count_operations(prefix + "_state")
+
+def _count(prefix: str) -> None:
+    """Tells torch's FlopCounterMode what the four operators of a backend do: their matrix products."""
+
+    @count_operations(f"{prefix}_state")
     def _(k, v, *args, **kwargs):
         return 2 * prod(k) * v[3]
 
-    @count_operations(prefix + "_state_backward")
+    @count_operations(f"{prefix}_state_backward")
     def _(grad, k, v, *args, **kwargs):
         return 4 * prod(k) * v[3]
 
-    @count_operations(prefix + "_apply")
+    @count_operations(f"{prefix}_apply")
     def _(q, state, q_rotated, feature_map, normalise, *args, **kwargs):
         return 2 * prod(q) * (state[3] if normalise else state[3] - 1)
 
-    @count_operations(prefix + "_apply_backward")
+    @count_operations(f"{prefix}_apply_backward")
     def _(grad, q, state, *args, **kwargs):
         return 4 * prod(q) * state[3]
-
-    return Operators(state_op, apply_op, state_backward_op, apply_backward_op)
 
 
 def compose(
