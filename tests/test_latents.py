@@ -1,9 +1,6 @@
-"""The cache of encoded images, autoencoders, and generators trained in their latents."""
+"""Autoencoders, images encoded by them, and generators trained in their latents."""
 
-import errno
-import json
 import math
-import os
 import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -13,6 +10,7 @@ import tiny_pipelines
 import torch
 from PIL import Image
 from test_denoisers import sana
+from test_store import damage, files
 from torch.testing import assert_close
 from train_case import outcome
 
@@ -35,170 +33,6 @@ from visionhybrid.train.config import (
     Sampling,
 )
 from visionhybrid.train.encoding import Stores, encode_images
-
-FACTS = {"kind": "test", "of": 1}
-
-
-def row(number):
-    return {"a": torch.full((2, 3), float(number)), "b": torch.tensor([number, -number])}
-
-
-def files(folder):
-    return sorted(folder.rglob("*.safetensors"))
-
-
-def damage(path, *, seen=True):
-    """One bit of the last row. Not `seen`: under the size and time of the whole file."""
-    before = path.stat().st_mtime_ns
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    os.utime(path, ns=(before, before + seen))
-
-
-# ---- the store
-
-
-def test_rows_come_back_and_other_facts_are_another_store(tmp_path):
-    store = Store(tmp_path, FACTS)
-    for number in range(5):
-        store.add(f"key{number}", row(number))
-        if number == 2:
-            store.flush()
-    store.flush()
-    again = Store(tmp_path, FACTS)
-    assert again.scan() == []
-    assert len(again) == 5
-    for number in range(5):
-        found = again.rows([f"key{number}"])[0]
-        assert torch.equal(found["a"], row(number)["a"])
-        assert torch.equal(found["b"], row(number)["b"])
-    other = Store(tmp_path, {**FACTS, "of": 2})
-    other.scan()
-    assert len(other) == 0
-    assert json.loads((again.folder / "facts.json").read_text()) == FACTS
-
-
-def test_a_damaged_row_is_absent_and_a_cut_file_goes(tmp_path):
-    store = Store(tmp_path, FACTS)
-    for start in (0, 3):
-        for number in range(start, start + 3):
-            store.add(f"key{number}", row(number))
-        store.flush()
-    first, second = files(tmp_path)
-    damage(first)
-    second.write_bytes(second.read_bytes()[:-1])
-    again = Store(tmp_path, FACTS)
-    notes = again.scan()
-    assert "1 of 3 rows" in notes[0]
-    assert "cut off" in notes[1]
-    assert [f"key{i}" in again for i in range(6)] == [True, True, False, False, False, False]
-    for number in (2, 3):
-        again.add(f"key{number}", row(number))
-    again.flush()
-    rows = again.rows(["key3", None, "key2", "key0"])
-    assert torch.equal(rows[2]["a"], row(2)["a"])
-    assert rows[1] is None
-    # damage after the scan is seen when the row is read
-    (path,) = [path for path in files(tmp_path) if path != first]
-    path.write_bytes(bytes(len(path.read_bytes())))
-    with pytest.raises(StoreError, match="damaged"):
-        rows[0]
-    assert torch.equal(rows[3]["b"], row(0)["b"])
-    path.unlink()
-    with pytest.raises(StoreError, match=r"No such file.*start again"):
-        rows[0]
-    with pytest.raises(StoreError, match="1 rows that other processes should have made"):
-        again.rows(["key0", "key9"])
-
-
-def test_a_file_is_compared_once_and_again_when_it_changed(tmp_path, monkeypatch):
-    store = Store(tmp_path, FACTS)
-    for number in range(3):
-        store.add(f"key{number}", row(number))
-    store.flush()
-    (path,) = files(tmp_path)
-    compared = []
-    whole = store_module._File.checksum
-    monkeypatch.setattr(
-        store_module._File,
-        "checksum",
-        lambda self, number, content: compared.append(number) or whole(self, number, content),
-    )
-
-    def scanned(**how):
-        compared.clear()
-        again = Store(tmp_path, FACTS)
-        return again, again.scan(**how), len(compared)
-
-    assert scanned()[1:] == ([], 0)
-    assert scanned(full=True)[1:] == ([], 3)
-    os.utime(path)
-    assert scanned()[1:] == ([], 3)
-    assert scanned()[1:] == ([], 0)
-    (store.folder / store_module.CHECKED).write_text("{")  # unreadable: as if it were not there
-    assert scanned()[1:] == ([], 3)
-    # damage that shows in neither size nor time is found where it is read, or where one asks for it
-    damage(path, seen=False)
-    again, notes, count = scanned()
-    assert (len(again), notes, count) == (3, [], 0)
-    again, notes, count = scanned(full=True)
-    assert (len(again), count) == (2, 3)
-    assert "1 of 3 rows" in notes[0]
-    again = scanned()[0]
-    with pytest.raises(StoreError, match=r"row 2 of .* is damaged; start again"):
-        again.rows(["key2"])[0]
-    again, notes, count = scanned()
-    assert (len(again), count) == (2, 3)
-    assert "1 of 3 rows" in notes[0]
-    again.add("key2", row(2))
-    again.flush()
-    again = scanned()[0]
-    assert torch.equal(again.rows(["key2"])[0]["a"], row(2)["a"])
-
-
-def test_a_full_disk_is_an_error_and_what_is_there_stays(tmp_path, monkeypatch):
-    store = Store(tmp_path, FACTS)
-    store.add("key0", row(0))
-    store.flush()
-    store.add("key1", row(1))
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            os,
-            "fsync",
-            lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")),
-        )
-        with pytest.raises(StoreError, match=r"No space left.*what is cached stays valid"):
-            store.flush()
-    assert (
-        len(list(store.folder.iterdir())) == 3
-    )  # the facts, the first file, what was checked: nothing half-written
-    again = Store(tmp_path, FACTS)
-    assert again.scan() == []
-    assert ("key0" in again, "key1" in again) == (True, False)
-
-
-def test_what_a_killed_process_left_goes(tmp_path):
-    folder = Store(tmp_path, FACTS).folder
-    old, new = folder / ".1.safetensors.ab.tmp", folder / ".2.safetensors.cd.tmp"
-    for path in (old, new):
-        path.write_bytes(b"half")
-    os.utime(old, (0, 0))
-    store = Store(tmp_path, FACTS)
-    assert store.scan() == []
-    assert (old.exists(), new.exists()) == (False, True)
-
-
-def test_rows_are_written_before_too_many_wait(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "FLUSH_BYTES", 3 * 40)  # of three rows
-    store = Store(tmp_path, FACTS)
-    for number in range(7):
-        store.add(f"key{number}", row(number))
-    assert len(files(tmp_path)) == 2
-    monkeypatch.setattr(store_module, "FLUSH_SECONDS", -1.0)
-    store.add("key7", row(7))
-    assert len(Store(tmp_path, FACTS).scan() or files(tmp_path)) == 3
-
 
 # ---- autoencoders
 
@@ -365,7 +199,7 @@ def test_processes_share_the_work(folder, monkeypatch):
 
 
 def test_a_latent_is_drawn_from_its_moments(tmp_path):
-    store = Store(tmp_path, FACTS)
+    store = Store(tmp_path, {"kind": "test"})
     mean, log_variance = torch.ones(1, 4, 4), torch.full((1, 4, 4), 2 * math.log(0.1))
     views = [torch.cat([sign * mean, log_variance]) for sign in (1, -1)]
     about = {"size": torch.tensor([5, 6]), "corner": torch.tensor([0, 1])}
