@@ -8,6 +8,7 @@ from published import published
 from safetensors.torch import load, save_file
 
 import visionhybrid
+from visionhybrid import hosts
 
 pytestmark = pytest.mark.filterwarnings(
     # diffusers' schedulers on numpy 2
@@ -307,6 +308,7 @@ def test_special_processors_are_not_replaced():
 
 
 def test_describe_tells(caplog):
+    hosts._warn_once.cache_clear()
     unet = tiny.unet()
     assert not visionhybrid.describe(unet).mixed
     visionhybrid.attach(unet, "linfusion", layers="tokens > 64")

@@ -7,7 +7,7 @@ from golden import list_cases, load_case
 from torch.testing import assert_close
 
 import visionhybrid
-from visionhybrid import mixers
+from visionhybrid import hosts, mixers
 from visionhybrid.diffusion import HybridDiT, HybridDiTPipeline
 from visionhybrid.diffusion.dit_weights import read_dit
 from visionhybrid.diffusion.hybrid_dit import MANY, _positions, modulated
@@ -225,6 +225,7 @@ def test_labels_by_name_and_number():
 
 
 def test_mixers_come_and_go(tmp_path, caplog):
+    hosts._warn_once.cache_clear()
     model = tiny()
     before = model(*inputs()).sample
     with pytest.raises(

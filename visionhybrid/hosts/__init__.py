@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from os import PathLike
 from types import ModuleType
@@ -56,7 +57,7 @@ def attach(
 ) -> Report:
     """Replace attention of `model` by mixers, in place. Projections, LoRA, adapters and everything else stay the model's own.
 
-    Logs a warning where mixers do more work than softmax attention would at this size.
+    Logs a warning, the same one once, where mixers do more work than softmax attention would at this size.
 
     Args:
         model: a model of a supported library, or a diffusers pipeline, whose denoisers are then meant.
@@ -79,7 +80,7 @@ def attach(
         model, mixer, layers=layers, weights=weights, sample_size=sample_size, **options
     )
     if report.slower:
-        logger.warning("%s: %s", report.model, report.warning)
+        _warn_once(f"{report.model}: {report.warning}")
     return report
 
 
@@ -102,6 +103,11 @@ def describe(model: Any, *, sample_size: SampleSize = None) -> Report:
 def choices(model: Any, *, sample_size: SampleSize = None) -> list[Choice]:
     """What each registered mixer could replace in `model`, what that saves at this size, and from which size on it saves."""
     return choices_for(_host(model).attention(model, sample_size))
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def _host(model: Any) -> ModuleType:
