@@ -67,6 +67,9 @@ def test_classifier_end_to_end(tmp_path, told):
     assert (told[0], told) == (0, sorted(told))
     assert 0 < told[-1] < 1
     assert validate(model, "nextvit_digits", limit=1).keys() == again.keys()
+    model.reset_classifier(7)
+    with pytest.raises(ValueError, match=r"the data have 10 classes, the model makes \(7,\) of an image"):
+        validate(model, "nextvit_digits", limit=1)
 
 
 def test_any_timm_model_can_be_trained(tmp_path):
@@ -155,6 +158,11 @@ def test_restorer_end_to_end(tmp_path, told):
     assert (model.scale, model(torch.rand(1, 3, 9, 7)).shape) == (2, (1, 3, 18, 14))
     assert validate(model, recipes.find(str(tmp_path))) == pytest.approx(metrics, abs=1e-3)
     assert told == [0, 0.25, 0.5, 0.75]
+    same_size = timm.create_model("vh_hat_small_x1", **{**SMALL_HAT, "scale": 1})
+    with pytest.raises(
+        ValueError, match=r"the data are at x2, the model made \(3, 32, 32\) of \(3, 32, 32\)"
+    ):
+        validate(same_size, recipes.find(str(tmp_path)), limit=1)
 
 
 def test_restoration_from_folders(tmp_path):

@@ -132,7 +132,7 @@ class Classify(start.Released):
         limit: int | None = None,
         update: Update = untold,
     ) -> dict[str, float]:
-        batch = self.config.eval_batch
+        batch, classes = self.config.eval_batch, self.config.data.num_classes
         chosen = share(len(self.held_out), accelerator)[: limit * batch if limit else None]
         views = DataLoader(_HeldOut(self.held_out, chosen), batch, num_workers=self.config.loop.workers)
         sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
@@ -140,6 +140,10 @@ class Classify(start.Released):
         for number, (image, label, weight) in enumerate(views):
             update(number / len(views))
             logits = model(image.to(accelerator.device)).double()
+            if logits.shape[1:] != (classes,):
+                raise ValueError(
+                    f"validate: the data have {classes} classes, the model makes {tuple(logits.shape[1:])} of an image"
+                )
             unreadable += int((label < 0).sum())
             label, weight = label.clamp(min=0).to(logits.device), weight.to(logits.device)
             best = logits.topk(min(5, logits.shape[1]), 1).indices == label[:, None]

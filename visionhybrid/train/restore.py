@@ -88,6 +88,11 @@ class Restore(start.Released):
                 self.notes.append(f"held-out picture left out: {error}")
                 continue
             output = restore(model, pair["lq"], tile=self.config.tile, progress=False)
+            if output.shape != pair["gt"].shape:
+                raise ValueError(
+                    f"validate: the data are at x{self.config.data.scale}, the model made {tuple(output.shape)} "
+                    f"of {tuple(pair['lq'].shape)}"
+                )
             scored = [self._psnr(output, pair), self._ssim(output, pair), self._of_bicubic(index, pair)]
             sums += torch.tensor([*scored, 1.0]) * weight
         sums = accelerator.reduce(sums.float().to(accelerator.device), "sum").cpu()
