@@ -180,8 +180,9 @@ def _check_kinds(system: System, given: Mapping[str, Any]) -> None:
             continue
         listed = isinstance(value, (list, tuple))
         items = cast("list[Any]", value) if listed else [value]
-        one, fits = (default[0], listed) if isinstance(default, (list, tuple)) else (default, True)
-        if not (fits and all(_is_like(item, one) for item in items)):
+        several = isinstance(default, (list, tuple))
+        one = cast("list[Any]", default)[0] if several else default
+        if (several and not listed) or not all(_is_like(item, one) for item in items):
             raise ValueError(f"{name} should be like {json.dumps(default)}, got {value!r}")
 
 
