@@ -46,6 +46,12 @@ def padded(x: Tensor, multiple_of: int) -> Tensor:
     return x
 
 
+def _cropped(x: Tensor, height: int, width: int) -> Tensor:
+    """The upper left of (B, C, H, W). A gather, too: whether a view of it is contiguous would be a branch on the size."""
+    x = x.index_select(2, torch.arange(height, device=x.device))
+    return x.index_select(3, torch.arange(width, device=x.device))
+
+
 class Restorer(nn.Module):
     """Image to image: (B, in_chans, H, W) in [0, 1] -> (B, in_chans, H * scale, W * scale), not clamped, any H, W >= 1.
 
@@ -116,7 +122,7 @@ class Restorer(nn.Module):
         H, W = x.shape[2] * self.scale, x.shape[3] * self.scale
         y = self.tail(self._features(x)[0])
         y = (y.float() if y.dtype in HALF else y) / self.img_range + self.mean
-        return y.narrow(2, 0, H).narrow(3, 0, W).to(x.dtype)
+        return _cropped(y, H, W).to(x.dtype)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """What the tail works on, (B, num_features, H, W)."""
