@@ -34,8 +34,13 @@ def test_folder_of_images(tmp_path):
     for broken in ("train/cat/1.png", "val/dog/2.png"):
         path = tmp_path / "data" / broken
         path.write_bytes(path.read_bytes()[:60])
-    result = run(folder_config(tmp_path / "data"), tmp_path / "run", progress=False)
-    assert visionhybrid.load(result["weights"]).pretrained_cfg["label_names"] == ["cat", "dog"]
+    config = folder_config(tmp_path / "data")
+    config = replace(config, augment=replace(config.augment, interpolation="random"))
+    result = run(config, tmp_path / "run", progress=False)
+    model = visionhybrid.load(result["weights"])
+    assert model.pretrained_cfg["label_names"] == ["cat", "dog"]
+    assert model.pretrained_cfg["interpolation"] == "bicubic"  # nothing is random when a file is classified
+    assert visionhybrid.classify(model, tmp_path / "data" / "val" / "cat" / "0.png")[0].guesses
     notes = [row["text"] for row in result["history"] if row["kind"] == "note"]
     assert "held-out images left out, as they cannot be read: 1 of 6" in notes
     task = Classify(folder_config(tmp_path / "data"))

@@ -13,7 +13,7 @@ from torch import nn
 from train_case import Toy, ToyTask, outcome, toy
 
 from visionhybrid.train import loop, recipes, run, state
-from visionhybrid.train.config import ConfigError, Guard, Model, Schedule, override
+from visionhybrid.train.config import ConfigError, Guard, Model, Schedule, from_json, override
 from visionhybrid.train.ema import Ema
 from visionhybrid.train.guard import DivergedError
 from visionhybrid.train.log import read
@@ -271,6 +271,10 @@ def test_a_changed_config_is_written_down(tmp_path):
     last = state.read(state.newest(tmp_path / "checkpoints")[0])[1]
     groups = last["optimizers"]["model"]["param_groups"]
     assert max(group["weight_decay"] for group in groups) == 0.5
+    (tmp_path / "config.json").write_text('{"task": "toy", "of_another_version": 1}')
+    notes = [row["text"] for row in run(longer, tmp_path, progress=False)["history"] if row["kind"] == "note"]
+    assert "config changed; the one before cannot be read: no field 'of_another_version'" in " ".join(notes)
+    assert from_json((tmp_path / "config.json").read_text()) == longer
 
 
 def test_tensorboard(tmp_path):

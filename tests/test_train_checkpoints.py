@@ -7,12 +7,14 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from train_case import outcome, toy
 
 from visionhybrid.train import run, state
+from visionhybrid.train.config import Optim
 
 # ---- checkpoints
 
@@ -221,8 +223,10 @@ def test_no_pickle_and_every_file_named_in_the_manifest(tmp_path):
         }
 
 
-def test_another_model_is_refused(tmp_path):
+def test_another_model_or_optimiser_is_refused(tmp_path):
     run(toy(), tmp_path, progress=False)
+    with pytest.raises(state.CheckpointError, match=r"the checkpoint is of another optimiser"):
+        run(replace(toy(), optim=Optim(name="sgd")), tmp_path, progress=False)
     with pytest.raises(
         state.CheckpointError, match=r"model has other tensors than the checkpoint: missing \[\], unexp"
     ):

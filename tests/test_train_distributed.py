@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_case import toy
+from train_case import ToyTask, toy
 
-from visionhybrid.train import find, override, run, state
+from visionhybrid.train import find, override, run, state, validate
 from visionhybrid.train.grafting import graft
 from visionhybrid.train.log import read
 
 HERE = Path(__file__).parent
 # without what each process does with its own half of the batch (dropout, batch norm, mixing), the sums are the same
 EXACT = "toy(dropout=0.0, norm=False, mixing=False, loop_steps=8, loop_validate_every=4)"
+NORM = "toy(dropout=0.0, loop_steps=4, loop_validate_every=4)"
 CODE = """
 import os, sys
 from accelerate import PartialState
@@ -98,7 +99,8 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp2"])
 def test_two_processes_are_one(tmp_path, environment, alone):
-    launch(tmp_path / "two", f"run({EXACT}, out, progress=False)", **environment)
+    calls = f'run({EXACT}, out, progress=False); run({NORM}, out + "/norm", progress=False)'
+    launch(tmp_path / "two", calls, **environment)
     for name in ("loss", "grad_norm", "order"):
         torch.testing.assert_close(series(tmp_path / "two", name), series(alone, name), rtol=1e-4, atol=1e-6)
     for name in ("model", "ema", "optimizer"):
@@ -108,6 +110,12 @@ def test_two_processes_are_one(tmp_path, environment, alone):
     found = json.loads((tmp_path / "two" / "environment.json").read_text())
     expected = (2, "FSDP", True) if environment else (2, "MULTI_CPU", False)
     assert (found["processes"], found["distributed"], found["sharded"]) == expected
+    # what was measured by two processes is that of the one that is saved, running statistics included
+    saved, _ = state.newest(tmp_path / "two" / "norm" / "checkpoints")
+    net = ToyTask(toy()).parts()["model"]
+    net.load_state_dict(load_file(saved / "ema.safetensors"))
+    last = json.loads((saved / "state.json").read_text())["metrics"]
+    assert validate(net, toy(), progress=False) == pytest.approx(last, rel=1e-6)
     # a checkpoint of two processes is continued by one, with the same global batches
     path = tmp_path / "two" / "checkpoints" / "step_00000008"
     state.shutil.rmtree(path)

@@ -22,7 +22,7 @@ from visionhybrid.data.seeds import mix
 from visionhybrid.train.config import Config, Loop, Model, Optim, Schedule
 from visionhybrid.train.sampler import Sample, stack
 from visionhybrid.train.start import Released
-from visionhybrid.train.task import Update, untold
+from visionhybrid.train.task import Update, share, untold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +83,12 @@ class ToyTask(Released):
     def validate(
         self, model: nn.Module, accelerator: Accelerator, limit: int | None = None, update: Update = untold
     ) -> dict[str, float]:
-        data = [self.train_set.sample(i, 0) for i in range(4) if i not in self.config.corrupt]
-        batch = stack(data)
-        return {
-            "error": float(
-                (model(batch["x"].to(accelerator.device)).squeeze(1).cpu() - batch["y"]).abs().mean()
-            )
-        }
+        chosen = [i for i, _ in share(4, accelerator) if i not in self.config.corrupt]
+        batch = stack([self.train_set.sample(i, 0) for i in chosen])
+        errors = (
+            model(batch["x"].to(accelerator.device)).squeeze(1) - batch["y"].to(accelerator.device)
+        ).abs()
+        return {"error": float(accelerator.reduce(errors.mean(), "mean"))}
 
     def samples(self, model: nn.Module, folder: Path) -> list[Path]:
         return []

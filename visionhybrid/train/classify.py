@@ -49,13 +49,18 @@ class Classify(start.Released):
             raise ConfigError("mesa: needs averaged weights, set loop.ema_decay")
         self.notes: list[str] = []
 
+    @property
+    def interpolation(self) -> str:
+        """Of evaluation, where nothing is random."""
+        asked = self.config.augment.interpolation
+        return "bicubic" if asked == "random" else asked
+
     def _transform(self, training: bool) -> Any:
         a, size = self.config.augment, self.config.data.image_size
         shape = (len(a.mean), size, size)
         common = dict(interpolation=a.interpolation, mean=a.mean, std=a.std)
         if not training:
-            interpolation = "bicubic" if a.interpolation == "random" else a.interpolation
-            return create_transform(shape, **{**common, "interpolation": interpolation}, crop_pct=a.crop)
+            return create_transform(shape, **{**common, "interpolation": self.interpolation}, crop_pct=a.crop)
         try:
             return create_transform(
                 shape,
@@ -200,7 +205,7 @@ class Classify(start.Released):
         data, a = self.config.data, self.config.augment
         names = list(self.train_set.classes) or [str(i) for i in range(data.num_classes)]
         evaluation = {"input_size": [len(a.mean), data.image_size, data.image_size], "crop_pct": a.crop}
-        evaluation |= {"mean": list(a.mean), "std": list(a.std), "interpolation": a.interpolation}
+        evaluation |= {"mean": list(a.mean), "std": list(a.std), "interpolation": self.interpolation}
         return {"task": "classification", "classes": names, "pretrained_cfg": evaluation}
 
 

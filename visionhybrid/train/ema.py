@@ -24,11 +24,15 @@ class Ema:
         """Take in the weights after update number `step`, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         now = model.state_dict()
-        floats = [name for name, value in self.average.items() if value.is_floating_point()]
-        if floats:
-            torch._foreach_lerp_(
-                [self.average[n] for n in floats], [now[n].detach() for n in floats], 1 - decay
-            )
+        for sharded in (True, False):  # torch takes no mixture, and FSDP2 leaves buffers whole
+            names = [
+                name
+                for name, value in self.average.items()
+                if value.is_floating_point() and hasattr(value, "full_tensor") == sharded
+            ]
+            if names:
+                averages, values = [self.average[n] for n in names], [now[n].detach() for n in names]
+                torch._foreach_lerp_(averages, values, 1 - decay)
         for name, value in self.average.items():
             if not value.is_floating_point():
                 value.copy_(now[name])

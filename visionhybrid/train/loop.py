@@ -287,6 +287,7 @@ class Trainer:
         """The network as it would be released: averaged weights, eval mode."""
         with self.ema.applied(self.main.bare) if self.ema is not None else nullcontext():
             self.main.net.eval()
+            self.main.share_buffers()
             try:
                 yield self.main.bare
             finally:
@@ -369,10 +370,8 @@ class Trainer:
         self.step, self.position = facts["step"], Position(**facts["position"])
         self.watch, self.window = Watch(**facts["watch"]), facts["window"]
         self.metrics, self.best, self.seconds = facts["metrics"], facts["best"], facts["seconds"]
-        if (
-            facts["batch_size"] == self.config.loop.batch_size
-            and facts["world"] == self.accelerator.num_processes
-        ):
+        now = self.config.loop.batch_size, self.accelerator.num_processes
+        if (facts["batch_size"], facts["world"]) == now:
             self.micro = min(self.micro, facts["micro"])
 
     def roll_back(self, why: str) -> None:

@@ -37,6 +37,12 @@ class Part:
         # running statistics; constants that no checkpoint holds do not change in a forward pass
         self.buffers = [buffer for name, buffer in self.bare.named_buffers() if name in kept]
 
+    def share_buffers(self) -> None:
+        """The first process's running statistics for all: they are what is saved, and each has seen its own samples only."""
+        if PartialState().num_processes > 1:
+            for buffer in self.buffers:
+                torch.distributed.broadcast(buffer, 0)
+
     @property
     def optimizer_file(self) -> str:
         return "optimizer" if self.name == "model" else f"{self.name}_optimizer"
@@ -115,7 +121,19 @@ def _optimizer(optim: Optim, net: nn.Module) -> torch.optim.Optimizer:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Continue with the `saved` state of a checkpoint, but with what the config of now says about rates."""
+    """Continue with the `saved` state of a checkpoint, but with what the config of now says about rates.
+
+    Raises: CheckpointError: it is of another optimiser, or its parameters are grouped otherwise.
+    """
+    kinds = [
+        [(len(group["params"]), sorted(group)) for group in groups]
+        for groups in (saved["param_groups"], optimizer.param_groups)
+    ]
+    if kinds[0] != kinds[1]:
+        raise state.CheckpointError(
+            "the checkpoint is of another optimiser, or of other groups of parameters; continue with its optim.name and "
+            "optim.layer_decay, or begin a new run from its weights (model.start=RUN)"
+        )
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, values in saved["state"].items():
         for name, value in values.items():

@@ -18,7 +18,7 @@ from torch import nn
 import visionhybrid
 from visionhybrid.infer.progress import bar
 from visionhybrid.train import card, log, recipes, state, task
-from visionhybrid.train.config import Config, check, diff, from_json, to_json
+from visionhybrid.train.config import Config, ConfigError, check, diff, from_json, to_json
 from visionhybrid.train.loop import Trainer
 from visionhybrid.train.parts import make_accelerator
 
@@ -92,8 +92,12 @@ def _begin(trainer: Trainer) -> None:
 def _describe(trainer: Trainer) -> None:
     saved, new = trainer.out / "config.json", to_json(trainer.config)
     if saved.is_file() and (old := saved.read_text(encoding="utf-8")) != new:
-        for line in diff(trainer.config, from_json(old)):
-            trainer.log.note(trainer.step, f"config changed: {line}")
+        try:
+            changes = [f"config changed: {line}" for line in diff(trainer.config, from_json(old))]
+        except ConfigError as error:  # of another version, say; the run goes on by the config of now
+            changes = [f"config changed; the one before cannot be read: {error}"]
+        for text in changes:
+            trainer.log.note(trainer.step, text)
     state.write_text(saved, new)
     if not (trainer.out / "command.txt").is_file():
         state.write_text(trainer.out / "command.txt", shlex.join(sys.argv) + "\n")
