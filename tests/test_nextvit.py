@@ -272,6 +272,7 @@ def test_dropout_acts_where_it_is_asked_for():
         (dict(depths=(3, 4, 10)), "depths needs 4 entries"),
         (dict(dims=(32, 40, 32, 32)), "multiple of head_dim 32, got 40"),
         (dict(mix_block_ratio=1.0), "splits width 64 into 64"),
+        (dict(strides=(1, 2, 3, 2)), "strides are 1 or 2"),
     ],
 )
 def test_impossible_models(wrong, message):

@@ -66,6 +66,8 @@ class NextViT(Backbone):
         require_entries("NextViT", 4, depths=depths, dims=dims, strides=strides, sr_ratios=sr_ratios)
         require_entries("NextViT", 3, stem_chs=stem_chs, ntb_dims=ntb_dims)
         require_entries("NextViT", 2, mlp_ratios=mlp_ratios)
+        if not set(strides) <= {1, 2}:
+            raise ValueError(f"NextViT: strides are 1 or 2, got {list(strides)}")
         common = dict(drop=proj_drop_rate, head_dim=head_dim)
         ncb = partial(NCB, mlp_ratio=mlp_ratios[0], **common)
         ntb = partial(NTB, mlp_ratio=mlp_ratios[1], mix=mix_block_ratio, attn_drop=attn_drop_rate, **common)
