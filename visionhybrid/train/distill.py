@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,12 @@ from torch.nn import functional as F
 Inputs = tuple[Sequence[Any], Mapping[str, Any]]  # positional and keyword arguments of both networks
 
 
-@dataclass(frozen=True)
-class Imitation:
-    """Mean squared distances to the teacher, float32 scalars. features: mean over the modules."""
+class Imitation(NamedTuple):
+    """Mean squared distances to the teacher, float32 scalars. features: mean over the modules.
+
+    A tuple, because FSDP2 finds its tensors in torch's own trees: those of a dataclass it misses before torch 2.15, and then
+    gathers no weights for the backward pass.
+    """
 
     prediction: Tensor  # of the student
     wanted: Tensor  # of the teacher, float32

@@ -125,11 +125,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
 
     Raises: CheckpointError: it is of another optimiser, or its parameters are grouped otherwise.
     """
-    kinds = [
-        [(len(group["params"]), sorted(group)) for group in groups]
+    sizes = [
+        [len(group["params"]) for group in groups]
         for groups in (saved["param_groups"], optimizer.param_groups)
     ]
-    if kinds[0] != kinds[1]:
+    # some optimisers add words to their groups as they go
+    if sizes[0] != sizes[1] or not optimizer.param_groups[0].keys() <= saved["param_groups"][0].keys():
         raise state.CheckpointError(
             "the checkpoint is of another optimiser, or of other groups of parameters; continue with its optim.name and "
             "optim.layer_decay, or begin a new run from its weights (model.start=RUN)"
