@@ -25,8 +25,8 @@ Inputs = tuple[Sequence[Any], Mapping[str, Any]]  # positional and keyword argum
 class Imitation(NamedTuple):
     """Mean squared distances to the teacher, float32 scalars. features: mean over the modules.
 
-    A tuple, because FSDP2 finds its tensors in torch's own trees: those of a dataclass it misses before torch 2.15, and then
-    gathers no weights for the backward pass.
+    A tuple, because FSDP2 of torch 2.11 does not find the tensors of a dataclass, and then gathers no weights for the
+    backward pass.
     """
 
     prediction: Tensor  # of the student
