@@ -283,7 +283,8 @@ def test_ctrl_c_leaves_no_half_file(tmp_path, monkeypatch):
 # The signal comes from within, 20 ms after the fourth tile, somewhere in the encoding or writing of a file: another process
 # might be too late for it on a busy machine.
 KILLED = """
-import os, sys, threading, torch
+import os, signal, sys, threading, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 sys.path.insert(0, sys.argv[1])
 from restoring import Enlarge
 from visionhybrid.infer.restoration import restore_path
