@@ -121,6 +121,8 @@ def test_two_processes_are_one(tmp_path, environment, alone):
     state.shutil.rmtree(path)
     run(eval(EXACT, {"toy": toy}), tmp_path / "two", progress=False)
     torch.testing.assert_close(weights(tmp_path / "two"), weights(alone), rtol=1e-3, atol=1e-5)
+    notes = [row["text"] for row in read(tmp_path / "two" / "log.jsonl") if row["kind"] == "note"]
+    assert any("is of 2 processes, here 1: the same global batches" in text for text in notes)
 
 
 SMALL = (

@@ -60,11 +60,10 @@ class Trainer:
         self.log = Log(
             out, main=self.accelerator.is_main_process, progress=progress, tensorboard=loop.tensorboard
         )
-        self.step, self.position, self.watch = 0, Position(), Watch()
+        self.step, self.position, self.watch, self.seconds = 0, Position(), Watch(), 0.0
         self.window: dict[str, list[float]] = {}  # name -> [sum, count] since the last line of the log
         self.metrics: dict[str, float] = {}
         self.best: dict[str, Any] | None = None  # {"step", "value"}
-        self.seconds = 0.0
 
     # -- building ----------------------------------------------------------------------------------------------------
 
@@ -99,7 +98,9 @@ class Trainer:
             part.rate.set(self.step)
             logs = self._gradients(part, batch, buffers)
             norm = self._norm(part)
-            verdict = None if self._overflow(logs["loss"], norm) else self._verdict(part, logs["loss"], norm)
+            guard = self.config.guard if part is self.main else replace(self.config.guard, spike=0.0)
+            overflow = self._overflow(logs["loss"], norm)
+            verdict = None if overflow else self.watch.verdict(guard, logs["loss"], norm)
             if verdict is not None:
                 self._leave_out(part, buffers, verdict, logs["loss"], norm)
                 return None
@@ -182,10 +183,6 @@ class Trainer:
             return False
         self.watch.overflow += 1
         return True
-
-    def _verdict(self, part: Part, loss: float, norm: float) -> str | None:
-        guard = self.config.guard if part is self.main else replace(self.config.guard, spike=0.0)
-        return self.watch.verdict(guard, loss, norm)
 
     def _leave_out(self, part: Part, buffers: list[list[Tensor]], why: str, loss: float, norm: float) -> None:
         self.watch.skip(loss, norm)
@@ -373,6 +370,9 @@ class Trainer:
         now = self.config.loop.batch_size, self.accelerator.num_processes
         if (facts["batch_size"], facts["world"]) == now:
             self.micro = min(self.micro, facts["micro"])
+        elif facts["world"] != now[1]:
+            was = f"{path.name} is of {facts['world']} processes, here {now[1]}"
+            self.task.notes.append(f"{was}: the same global batches, other draws and roundings in them")
 
     def roll_back(self, why: str) -> None:
         """Back to the last good checkpoint, from there on with another data order; `why` goes to the log.
