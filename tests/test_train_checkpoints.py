@@ -7,6 +7,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -231,3 +233,30 @@ def test_another_model_or_optimiser_is_refused(tmp_path):
         state.CheckpointError, match=r"model has other tensors than the checkpoint: missing \[\], unexp"
     ):
         run(toy(norm=False), tmp_path, progress=False)
+
+
+# ---- one run at a time
+
+HOLD = """
+import fcntl, sys
+with open(sys.argv[1], "a+b") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_a_directory_is_one_run_at_a_time(tmp_path):
+    (tmp_path / ".unfinished.tmp").write_text("of the run that goes on")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="another process trains here"):
+            run(toy(loop_steps=2), tmp_path, progress=False)
+        assert (tmp_path / ".unfinished.tmp").exists()
+        assert not (tmp_path / "checkpoints").exists()
+        other.kill()  # no chance to clean up
+    assert run(toy(loop_steps=2), tmp_path, progress=False)["steps"] > 0
+    assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")

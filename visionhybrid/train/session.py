@@ -18,6 +18,7 @@ from torch import nn
 import visionhybrid
 from visionhybrid.infer.progress import bar
 from visionhybrid.train import card, log, recipes, state, task
+from visionhybrid.train.alone import alone
 from visionhybrid.train.config import Config, ConfigError, check, diff, from_json, to_json
 from visionhybrid.train.loop import Trainer
 from visionhybrid.train.parts import make_accelerator
@@ -40,7 +41,7 @@ def run(
         progress: print a progress line and what a person should know.
     Returns: `metrics` (last validation: name -> value), `history` (lines of log.jsonl), `steps`, `seconds`, `train_samples`, `out`, `weights`
         (what `visionhybrid.load` opens; of a generator a diffusers pipeline), `samples` (folder of pictures). A dry run: see `dryrun.rehearse`.
-    Raises: ConfigError, ValueError: the config or the data cannot be used. CheckpointError: disk full, or no checkpoint of
+    Raises: ConfigError, ValueError: the config or the data cannot be used, or another process trains in `out`. CheckpointError: disk full, or no checkpoint of
         `out` is valid. DivergedError: the guard gave up. Interrupted: a signal came; a checkpoint was written.
     """
     config = recipes.find(config) if isinstance(config, str) else check(config)
@@ -52,18 +53,18 @@ def run(
     if not resume and any((out / "checkpoints").glob("step_*")):
         raise ValueError(f"{out} already holds a run; continue it (resume) or choose another directory")
     trainer = Trainer(config, out, progress=progress)
-    _begin(trainer)
-    try:
-        trainer.fit()
-        return _finish(trainer)
-    finally:
-        trainer.log.close()
+    with alone(out, needed=trainer.accelerator.is_main_process):
+        _begin(trainer)
+        try:
+            trainer.fit()
+            return _finish(trainer)
+        finally:
+            trainer.log.close()
 
 
 def _begin(trainer: Trainer) -> None:
     """Write what the run is, find where it stands."""
     if trainer.accelerator.is_main_process:
-        trainer.out.mkdir(parents=True, exist_ok=True)
         state.clean(trainer.out, trainer.checkpoints)
     trainer.accelerator.wait_for_everyone()
     path, skipped = state.newest(trainer.checkpoints)
