@@ -30,6 +30,7 @@ from accelerate.utils import DistributedType
 from train_case import toy
 from visionhybrid.train import find, override, run
 from visionhybrid.train.grafting import graft
+from visionhybrid.train.processes import leave
 if __name__ == "__main__":
     if "FSDP_VERSION" in os.environ:
         # accelerate offers FSDP only where it sees accelerators; torch's own works with gloo
@@ -37,6 +38,7 @@ if __name__ == "__main__":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     out = sys.argv[1]
     {calls}
+    leave(0)
 """
 
 

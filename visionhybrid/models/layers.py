@@ -259,11 +259,12 @@ class TokenLinear(nn.Linear):
 
 @register_notrace_module
 class DeployedConv2d(nn.Conv2d):
-    """A convolution of a deployed model, and the ReLU after it if `relu`.
+    """A convolution of a deployed model, and the ReLU after it if `relu`; with a `shortcut`, the sum of both.
 
     Eager inference on a CPU makes it one oneDNN call, with the weight in oneDNN's own layout. That second copy of the weight is
     made at the first call and again when the weight has changed; a change through `weight.data` goes unnoticed, use `copy_`.
-    Everywhere else (autograd, autocast, TorchScript, tracing, compiling, other devices) it is the ordinary two calls.
+    The sum is then written over the shortcut, which must be the caller's own. Everywhere else (autograd, autocast, TorchScript,
+    tracing, compiling, other devices) it is the ordinary calls.
     """
 
     def __init__(self, *args: Any, relu: bool = False, **kwargs: Any) -> None:
@@ -288,24 +289,32 @@ class DeployedConv2d(nn.Conv2d):
         new.weight, new.bias = conv.weight, conv.bias
         return new.train(conv.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         # Two ifs, because TorchScript looks into one that asks more than this.
         if not torch.jit.is_scripting():  # noqa: SIM102
             if _fuses(x, self.weight):
-                return self._fused(x)
+                return self._fused(x, shortcut)
         x = self._conv_forward(x, self.weight, self.bias)
-        return F.relu(x) if self.relu else x
+        if self.relu:
+            x = F.relu(x)
+        return x if shortcut is None else shortcut + x
 
-    def _fused(self, x: Tensor) -> Tensor:
+    def _fused(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
         how = self.padding, self.stride, self.dilation, self.groups
         weight = _packed(self.weight, how, x.shape)
+        if shortcut is not None and not self.relu and _may_be_overwritten(shortcut, x):
+            return torch.ops.mkldnn._convolution_pointwise_.binary(
+                shortcut, x, weight, self.bias, *how, "add", 1.0, None, [], None
+            )
         act = "relu" if self.relu else "none"
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *how, act, [], "")
+        x = torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *how, act, [], "")
+        return x if shortcut is None else shortcut + x
 
 
 # oneDNN's fused operators are not public: where a torch has them not, the ordinary ones serve.
 _HAS_FUSED = torch.backends.mkldnn.is_available() and all(
-    hasattr(torch.ops.mkldnn, name) for name in ("_convolution_pointwise", "_reorder_convolution_weight")
+    hasattr(torch.ops.mkldnn, name)
+    for name in ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight")
 )
 _PACKED = WeakTensorKeyDictionary()  # weight -> (state of the weight, the same in oneDNN's layout)
 
@@ -323,6 +332,15 @@ def _fuses(x: Tensor, weight: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    )
+
+
+def _may_be_overwritten(shortcut: Tensor, x: Tensor) -> bool:
+    """Whether oneDNN can add a convolution of `x` to `shortcut` in place."""
+    return (
+        shortcut.dtype == x.dtype
+        and not shortcut.requires_grad
+        and shortcut.is_contiguous(memory_format=torch.channels_last)
     )
 
 

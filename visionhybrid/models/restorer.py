@@ -47,7 +47,10 @@ def padded(x: Tensor, multiple_of: int) -> Tensor:
 
 
 def _cropped(x: Tensor, height: int, width: int) -> Tensor:
-    """The upper left of (B, C, H, W). A gather, too: whether a view of it is contiguous would be a branch on the size."""
+    """The upper left of (B, C, H, W), a view."""
+    if not torch.compiler.is_exporting():
+        return x.narrow(2, 0, height).narrow(3, 0, width)
+    # A gather: whether a view is contiguous would be a branch on the size.
     x = x.index_select(2, torch.arange(height, device=x.device))
     return x.index_select(3, torch.arange(width, device=x.device))
 

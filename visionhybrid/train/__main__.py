@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from visionhybrid.train.processes import leave
+
 USAGE = """usage: python -m visionhybrid.train RECIPE [field=value ...] [--out DIR] [--dry-run] [--fresh]
 
 RECIPE    a recipe's name, file.py:function, or the config.json of an earlier run; of a graft, all its phases
@@ -78,4 +80,4 @@ def train(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

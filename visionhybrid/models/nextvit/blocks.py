@@ -107,8 +107,16 @@ class Mlp(nn.Module):
     def reparameterize(self) -> None:
         self.fc1, self.act = _join(self.fc1, self.act)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """With `shortcut`, the sum of both; a deployed model may write it over the shortcut."""
+        x = self.drop(self.act(self.fc1(x)))
+        if shortcut is None:
+            return self.drop(self.fc2(x))
+        # Two ifs, because TorchScript looks into one that asks more than this.
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if isinstance(self.fc2, DeployedConv2d) and not self.training:
+                return self.fc2(x, shortcut)
+        return shortcut + self.drop(self.fc2(x))
 
 
 class NCB(nn.Module):
@@ -142,7 +150,9 @@ class NCB(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
         x = x + self.drop_path(self.mhca(x))
-        return x + self.drop_path(self.mlp(self.norm(x)))
+        if self.training:
+            return x + self.drop_path(self.mlp(self.norm(x)))
+        return self.mlp(self.norm(x), x)
 
 
 @register_notrace_function
@@ -278,7 +288,9 @@ class NTB(nn.Module):
         y = self.projection(x)
         y = y + self.mhca_drop_path(self.mhca(y))
         x = torch.cat([x, y], dim=1)
-        return x + self.mlp_drop_path(self.mlp(self.norm2(x)))
+        if self.training:
+            return x + self.mlp_drop_path(self.mlp(self.norm2(x)))
+        return self.mlp(self.norm2(x), x)
 
 
 def _absorb_before(layer: nn.Module, norm: nn.Module) -> nn.Module:
