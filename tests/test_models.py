@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from timm.layers import NormMlpClassifierHead
-from timm.models import reparameterize_model
+from timm.models import create_feature_extractor, get_graph_node_names, reparameterize_model
 from timm.models._features import FeatureGetterNet
 from timm.models._manipulate import group_parameters
 from torch import nn
@@ -347,6 +347,9 @@ def test_deployed_model_goes_on_living(model):
 @pytest.mark.parametrize("deployed", [False, True])
 @pytest.mark.parametrize("name", ["toy", *SYSTEMS], indirect=True)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore:NOTE. The nodes obtained by tracing:UserWarning"
+)  # in training paths are dropped
 def test_compilers(model, deployed):
     if deployed:
         model.deploy()
@@ -356,6 +359,9 @@ def test_compilers(model, deployed):
         scripted = torch.jit.script(model)
         close(scripted(x), want)
         close(scripted(smaller), want_smaller)
+        last = get_graph_node_names(model)[1][-1]
+        traced = torch.jit.script(create_feature_extractor(model, {last: "logits"}))
+        close(traced(x)["logits"], want)
         program = torch.export.export(model, (x,))
         assert not any("mkldnn" in str(node.target) for node in program.graph.nodes)  # runs anywhere
         close(program.module()(x), want)

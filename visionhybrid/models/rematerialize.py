@@ -33,8 +33,14 @@ def rematerialize(y: Tensor, x: Tensor) -> Tensor:
     Returns:
         `y`.
     """
+    if not torch.jit.is_scripting():
+        _rematerialize(y, x)
+    return y
+
+
+def _rematerialize(y: Tensor, x: Tensor) -> None:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or y.grad_fn is None or x.grad_fn is None:
-        return y
+        return
     relu = x.grad_fn if x.grad_fn.name() == "ReluBackward0" else None
     norm = x.grad_fn if relu is None else relu.next_functions[0][0]
     if y.grad_fn.name() == "ConvolutionBackward0" and _trains(norm):
@@ -44,7 +50,6 @@ def rematerialize(y: Tensor, x: Tensor) -> Tensor:
             y.grad_fn._raw_saved_input.register_hooks(_dtype, again)
             if relu is not None:
                 relu._raw_saved_result.register_hooks(_dtype, again)
-    return y
 
 
 def _trains(node: Node | None) -> bool:
@@ -84,7 +89,4 @@ class LeanConv2d(nn.Conv2d):
     """A convolution that does not keep a batch norm's result, or its ReLU, for the backward pass, see `rematerialize`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._conv_forward(x, self.weight, self.bias)
-        if not torch.jit.is_scripting():
-            y = rematerialize(y, x)
-        return y
+        return rematerialize(self._conv_forward(x, self.weight, self.bias), x)

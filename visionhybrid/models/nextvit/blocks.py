@@ -108,15 +108,12 @@ class Mlp(nn.Module):
         self.fc1, self.act = _join(self.fc1, self.act)
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """With `shortcut`, the sum of both; a deployed model may write it over the shortcut."""
+        """With `shortcut`, for deployed models in eval mode only, the sum of both; it may be written over the shortcut."""
         x = self.drop(self.act(self.fc1(x)))
-        if shortcut is None:
-            return self.drop(self.fc2(x))
-        # Two ifs, because TorchScript looks into one that asks more than this.
-        if not torch.jit.is_scripting():  # noqa: SIM102
-            if isinstance(self.fc2, DeployedConv2d) and not self.training:
+        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript looks into one that asks more than this
+            if shortcut is not None:
                 return self.fc2(x, shortcut)
-        return shortcut + self.drop(self.fc2(x))
+        return self.drop(self.fc2(x))
 
 
 class NCB(nn.Module):
@@ -150,9 +147,10 @@ class NCB(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
         x = x + self.drop_path(self.mhca(x))
-        if self.training:
-            return x + self.drop_path(self.mlp(self.norm(x)))
-        return self.mlp(self.norm(x), x)
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if isinstance(self.mlp.fc2, DeployedConv2d) and not self.training:
+                return self.mlp(self.norm(x), x)
+        return x + self.drop_path(self.mlp(self.norm(x)))
 
 
 @register_notrace_function
@@ -288,9 +286,10 @@ class NTB(nn.Module):
         y = self.projection(x)
         y = y + self.mhca_drop_path(self.mhca(y))
         x = torch.cat([x, y], dim=1)
-        if self.training:
-            return x + self.mlp_drop_path(self.mlp(self.norm2(x)))
-        return self.mlp(self.norm2(x), x)
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if isinstance(self.mlp.fc2, DeployedConv2d) and not self.training:
+                return self.mlp(self.norm2(x), x)
+        return x + self.mlp_drop_path(self.mlp(self.norm2(x)))
 
 
 def _absorb_before(layer: nn.Module, norm: nn.Module) -> nn.Module:
