@@ -159,6 +159,19 @@ def _scan() -> Iterator[Build]:
             )
 
 
+def _taken(
+    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], lengths: dict[str, int]
+) -> dict[str, Any]:
+    """Of what several kernels are given, what this one has arguments for."""
+    names = kernel.arg_names
+    return dict(
+        kernel=kernel,
+        pointers={n: t for n, t in pointers.items() if n in names and n not in constants},
+        constants=constants,
+        tuples={n: length for n, length in lengths.items() if n in names},
+    )
+
+
 def _window() -> Iterator[Build]:
     from visionhybrid.kernels.window_attention import triton as windows
 
@@ -177,15 +190,11 @@ def _window() -> Iterator[Build]:
         pointers |= dict.fromkeys(("lse", "delta", "parts"), "fp32")
         if kind == "fp16":
             pointers["bias"] = "fp32"
-        names = kernel.arg_names
         return Build(
             name=f"window_attention {kernel.__name__} D={D} E={E} {kind} {window} {reach} {bias=} {shifted=}",
-            kernel=kernel,
-            pointers={n: t for n, t in pointers.items() if n in names and n not in constants},
-            constants=constants,
+            **_taken(kernel, pointers, constants, lengths),
             floats=("scale",),
             options=options,
-            tuples={n: length for n, length in lengths.items() if n in names},
             packed=D % 16 == E % 16 == 0,
             cell=(kind, padded(D, E)),
             everywhere=D == 128 and kind != "fp16" and not shifted,
@@ -273,16 +282,12 @@ def _neighborhood() -> Iterator[Build]:
         pointers = dict.fromkeys(("grad", "q", "k", "v", "x", "kx", "vx", "out", "dq", "dk", "dv"), kind)
         pointers |= dict.fromkeys(("rpb", "lse", "delta", "dkx", "dvx", "parts"), "fp32")
         pointers["w"] = weights or kind
-        names = kernel.arg_names
         said = " ".join(f"{k}={v}" for k, v in flags.items())
         return Build(
             name=f"neighborhood_attention {kernel.__name__} D={D} E={E} {kind} {side} {first} {weights or kind} {said}",
-            kernel=kernel,
-            pointers={n: t for n, t in pointers.items() if n in names and n not in constants},
-            constants=constants,
+            **_taken(kernel, pointers, constants, lengths),
             floats=("scale",),
             options=options,
-            tuples={n: length for n, length in lengths.items() if n in names},
             packed=D % 16 == E % 16 == 0,
             cell=(weights or kind, padded(D, E)),
             everywhere=D in (1, 128),  # 1: no head dim at all
