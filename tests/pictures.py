@@ -60,3 +60,13 @@ def picture_folder(root, classes, count=3, size=(20, 24), damage=None):
             Image.fromarray(pixels).save(root / name / f"{i}.png")
     if damage:
         (root / damage).write_bytes((root / damage).read_bytes()[:60])
+
+
+def numbered_pictures(folder, count, first=0):
+    """PNG files of noise called 0.png, 1.png, ..., each of another height; returns `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = torch.Generator().manual_seed(first)
+    for number in range(first, first + count):
+        pixels = torch.randint(256, (20 + number, 24, 3), generator=draw, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    return folder

@@ -5,19 +5,9 @@ import os
 import shutil
 
 import pytest
-import torch
-from PIL import Image
+from pictures import numbered_pictures
 
 from visionhybrid.data.captions import open_captions
-
-
-def pictures(folder, count, first=0):
-    folder.mkdir(parents=True, exist_ok=True)
-    draw = torch.Generator().manual_seed(first)
-    for number in range(first, first + count):
-        pixels = torch.randint(256, (20 + number, 24, 3), generator=draw, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
-    return folder
 
 
 def captions(root, *, column="text", skip=False, hold_out=0):
@@ -27,10 +17,10 @@ def captions(root, *, column="text", skip=False, hold_out=0):
 
 
 def test_captions_beside_their_images_and_in_metadata(tmp_path):
-    pictures(tmp_path, 2)
+    numbered_pictures(tmp_path, 2)
     (tmp_path / "0.txt").write_text(" a zero\n")
     (tmp_path / "1.txt").write_text("not this one")
-    pictures(tmp_path / "sub", 2, first=2)
+    numbered_pictures(tmp_path / "sub", 2, first=2)
     (tmp_path / "metadata.csv").write_text('file_name,text\n1.png,"a one, in quotes"\nsub/2.png,a two\n')
     (tmp_path / "sub" / "metadata.jsonl").write_text('{"file_name": "3.png", "text": "a three", "x": 1}\n\n')
     train, held_out, notes = captions(tmp_path)
@@ -45,7 +35,7 @@ def test_captions_beside_their_images_and_in_metadata(tmp_path):
 def test_splits_have_folders_of_their_own(tmp_path):
     for split, first in (("train", 0), ("validation", 4)):
         for number in range(first, first + 2):
-            pictures(tmp_path / split, 1, first=number)
+            numbered_pictures(tmp_path / split, 1, first=number)
             (tmp_path / split / f"{number}.txt").write_text(f"number {number}")
     train, held_out, _ = captions(tmp_path, hold_out=2)
     assert (list(train), list(held_out)) == (["0.png", "1.png"], ["4.png", "5.png"])
@@ -78,7 +68,7 @@ def test_splits_have_folders_of_their_own(tmp_path):
     ],
 )
 def test_what_is_wrong_with_captions(files, message, tmp_path):
-    pictures(tmp_path, 2)
+    numbered_pictures(tmp_path, 2)
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -104,7 +94,7 @@ def test_what_is_wrong_with_captions(files, message, tmp_path):
     ids=["Latin-1", "UTF-16", "endless", "nested", "surrogate", "long number"],
 )
 def test_hostile_captions_are_one_line(files, message, tmp_path):
-    pictures(tmp_path, 2)
+    numbered_pictures(tmp_path, 2)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"^data: .*{message}") as error:
@@ -118,7 +108,7 @@ def test_what_editors_do_to_text_does_not_matter(mark, end, tmp_path):
     """Marks at the beginning, ends of lines, and in JSON and CSV what some take for the end of a line."""
     texts = ["a\u2028cat", "a\x85dog", "a\x0cfox"]
     for folder in ("beside", "json", "csv"):
-        pictures(tmp_path / folder, 3)
+        numbered_pictures(tmp_path / folder, 3)
     for i, text in enumerate(texts):
         (tmp_path / "beside" / f"{i}.txt").write_bytes(f"{mark}{text}{end}".encode())
     rows = [json.dumps({"file_name": f"{i}.png", "text": t}, ensure_ascii=False) for i, t in enumerate(texts)]
@@ -131,7 +121,7 @@ def test_what_editors_do_to_text_does_not_matter(mark, end, tmp_path):
 
 def test_metadata_are_found_where_pictures_are(tmp_path):
     """Behind links to folders, too, once each, and not where nothing is looked for."""
-    pictures(tmp_path / "elsewhere", 1)
+    numbered_pictures(tmp_path / "elsewhere", 1)
     (tmp_path / "elsewhere" / "metadata.csv").write_text("file_name,text\n0.png,behind a link\n")
     (tmp_path / "data" / ".ipynb_checkpoints").mkdir(parents=True)
     (tmp_path / "data" / ".ipynb_checkpoints" / "metadata.csv").write_text("file_name,text\n9.png,old\n")
@@ -142,7 +132,7 @@ def test_metadata_are_found_where_pictures_are(tmp_path):
 
 
 def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
-    pictures(tmp_path, 1)
+    numbered_pictures(tmp_path, 1)
     (tmp_path / "0.txt").write_text("a")
     (tmp_path / "closed").mkdir()
     scandir = os.scandir
@@ -158,7 +148,7 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
 
 
 def test_captions_that_cannot_be_read_can_be_left_out_and_are_counted(tmp_path):
-    pictures(tmp_path, 3)
+    numbered_pictures(tmp_path, 3)
     for i, content in enumerate([b"a", b"\xff", b" "]):
         (tmp_path / f"{i}.txt").write_bytes(content)
     train, _, notes = captions(tmp_path, skip=True)
@@ -173,7 +163,7 @@ def test_captions_that_cannot_be_read_can_be_left_out_and_are_counted(tmp_path):
 
 
 def test_missing_captions_can_be_left_out_and_are_counted(tmp_path):
-    pictures(tmp_path, 3)
+    numbered_pictures(tmp_path, 3)
     (tmp_path / "metadata.csv").write_text("file_name,words\n2.png,two\n9.png,nine\n")
     train, _, notes = captions(tmp_path, skip=True, column="words")
     assert train == {"2.png": "two"}

@@ -8,6 +8,7 @@ import tiny_pipelines
 import tiny_transformers
 import torch
 from diffusers import DiffusionPipeline
+from pictures import numbered_pictures
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -35,18 +36,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def pictures(folder, count, first=0):
-    folder.mkdir(parents=True, exist_ok=True)
-    draw = torch.Generator().manual_seed(first)
-    for number in range(first, first + count):
-        pixels = torch.randint(256, (20 + number, 24, 3), generator=draw, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = pictures(tmp_path_factory.mktemp("data"), 8)
+    folder = numbered_pictures(tmp_path_factory.mktemp("data"), 8)
     for number in range(8):
         (folder / f"{number}.txt").write_text(f"picture {number}")
     return folder
