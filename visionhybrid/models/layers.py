@@ -292,7 +292,7 @@ class DeployedConv2d(nn.Conv2d):
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         # Two ifs, because TorchScript looks into one that asks more than this.
         if not torch.jit.is_scripting():  # noqa: SIM102
-            if _fuses(x, self.weight):
+            if _fuses(x, self.weight) and (shortcut is None or self._adds(x, shortcut)):
                 return self._fused(x, shortcut)
         x = self._conv_forward(x, self.weight, self.bias)
         if self.relu:
@@ -302,13 +302,21 @@ class DeployedConv2d(nn.Conv2d):
     def _fused(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
         how = self.padding, self.stride, self.dilation, self.groups
         weight = _packed(self.weight, how, x.shape)
-        if shortcut is not None and not self.relu and _may_be_overwritten(shortcut, x):
+        if shortcut is not None:
             return torch.ops.mkldnn._convolution_pointwise_.binary(
                 shortcut, x, weight, self.bias, *how, "add", 1.0, None, [], None
             )
         act = "relu" if self.relu else "none"
-        x = torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *how, act, [], "")
-        return x if shortcut is None else shortcut + x
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *how, act, [], "")
+
+    def _adds(self, x: Tensor, shortcut: Tensor) -> bool:
+        """Whether oneDNN can add the convolution of `x` to `shortcut` in place."""
+        return (
+            not self.relu
+            and shortcut.dtype == x.dtype
+            and not shortcut.requires_grad
+            and shortcut.is_contiguous(memory_format=torch.channels_last)
+        )
 
 
 # oneDNN's fused operators are not public: where a torch has them not, the ordinary ones serve.
@@ -332,15 +340,6 @@ def _fuses(x: Tensor, weight: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-    )
-
-
-def _may_be_overwritten(shortcut: Tensor, x: Tensor) -> bool:
-    """Whether oneDNN can add a convolution of `x` to `shortcut` in place."""
-    return (
-        shortcut.dtype == x.dtype
-        and not shortcut.requires_grad
-        and shortcut.is_contiguous(memory_format=torch.channels_last)
     )
 
 
