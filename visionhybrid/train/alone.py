@@ -15,19 +15,14 @@ except ImportError:  # Windows
 
 
 @contextmanager
-def alone(out: Path, *, needed: bool = True) -> Iterator[None]:
+def alone(out: Path) -> Iterator[None]:
     """Hold the run directory `out`, made if it is not there, against other processes until the block or this process ends.
 
     The lock is the system's: nothing is left of it after `kill -9`. Where a file system knows no locks, nothing is held.
 
-    Args:
-        needed: False: do nothing, for processes that are not the first of their run.
     Raises:
         ValueError: another process holds it.
     """
-    if not needed:
-        yield
-        return
     out.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield

@@ -20,7 +20,7 @@ from visionhybrid.data.errors import CorruptSample
 from visionhybrid.train import start
 from visionhybrid.train.config import Classification, ConfigError
 from visionhybrid.train.sampler import Sample, stack
-from visionhybrid.train.task import Update, share, untold
+from visionhybrid.train.task import Update, left_out, share, untold
 
 
 class Classify(start.Released):
@@ -162,9 +162,7 @@ class Classify(start.Released):
         if not count:
             raise ValueError("no held-out image could be read")
         if unreadable:
-            self.notes.append(
-                f"held-out images left out, as they cannot be read: {unreadable} of {len(chosen)}"
-            )
+            self.notes.append(left_out(unreadable, len(chosen)))
         return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
 
     def samples(self, model: nn.Module, folder: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from visionhybrid.train.judge import Judge
 from visionhybrid.train.material import Images
 from visionhybrid.train.noising import Noising, noising, squared_errors
 from visionhybrid.train.sampler import Sample, stack
-from visionhybrid.train.task import Update, share, untold
+from visionhybrid.train.task import Update, left_out, share, untold
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,7 @@ class Generate:
             each = asked.errors(model(*asked.args, **asked.kwargs)[0]).cpu()
             sums += torch.stack([(each * readable).sum(), readable.sum()]).double()
         if unreadable:
-            self.notes.append(
-                f"held-out images left out, as they cannot be read: {unreadable} of {len(chosen)}"
-            )
+            self.notes.append(left_out(unreadable, len(chosen)))
         sums = accelerator.reduce(sums.float().to(device), "sum").cpu()
         return float(sums[0] / sums[1])
 

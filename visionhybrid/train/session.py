@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def run(
     if not resume and any((out / "checkpoints").glob("step_*")):
         raise ValueError(f"{out} already holds a run; continue it (resume) or choose another directory")
     trainer = Trainer(config, out, progress=progress)
-    with alone(out, needed=trainer.accelerator.is_main_process):
+    with alone(out) if trainer.accelerator.is_main_process else nullcontext():
         _begin(trainer)
         try:
             trainer.fit()

@@ -99,3 +99,8 @@ def share(count: int, accelerator: Accelerator) -> list[tuple[int, float]]:
     world, rank = accelerator.num_processes, accelerator.process_index
     each = -(-count // world)
     return [(i, 1.0) if i < count else (0, 0.0) for i in range(rank * each, (rank + 1) * each)]
+
+
+def left_out(unreadable: int, of: int) -> str:
+    """What a person is told of held-out images that cannot be read."""
+    return f"held-out images left out, as they cannot be read: {unreadable} of {of}"
